@@ -1,0 +1,228 @@
+"""The training loop that every program shares: step, measure, report, save, stop."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from engine.checkpoint import list_checkpoints, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from engine.errors import Requeue
+from engine.launch import Precision, uses_deepspeed
+from engine.optim import Schedule
+from engine.progress import step_line
+from engine.ranks import Ranks
+from engine.runs import RunFolder
+from engine.state import load_model_state, load_optimizer_state, model_state, optimizer_state
+from engine.stop import StopRequest
+from engine.tracking import Tracker, TrackerName
+
+Reporter = Callable[[str], None]
+
+
+@dataclass
+class LoopConfig:
+    """How a training is run, not what it learns: all of it may change between two parts of one run."""
+
+    log_every: PositiveInt = 10
+    """Steps between two lines of metrics."""
+    checkpoint_every: PositiveInt = 200
+    """Steps between two checkpoints; one more is written at the end and on request."""
+    keep_checkpoints: PositiveInt = 2
+    """Number of checkpoints kept."""
+    stop_after: NonNegativeInt = 0
+    """Stop with a checkpoint (exit code 75) after this step, as if asked to; 0 never does."""
+    num_workers: NonNegativeInt = 2
+    """Data-loader processes per rank; 0 reads in the training process."""
+    tracker: TrackerName = "wandb"
+    """wandb (offline unless logged in), or none; metrics.jsonl is written in any case."""
+    project: str = "saccade"
+    """W&B project."""
+
+
+class StepFunction(Protocol):
+    """Computes one step's loss and named scalars from a batch; the loop does the rest."""
+
+    def __call__(self, batch: Any, *, step: int) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@dataclass
+class Training:
+    """Everything one training consists of. `extra` is small JSON state that belongs in checkpoints."""
+
+    accelerator: Accelerator
+    ranks: Ranks
+    run: RunFolder
+    tracker: Tracker | None
+    module: nn.Module
+    optimizer: Any
+    schedule: Schedule
+    config: LoopConfig
+    total_steps: int
+    batch_size: int
+    clip_norm: float
+    extra: dict[str, Any]
+    report: Reporter
+
+    @property
+    def precision(self) -> Precision:
+        """Mixed precision in use."""
+        return self.accelerator.mixed_precision
+
+    def resume(self) -> int:
+        """Load the newest checkpoint, if there is one.
+
+        Returns:
+            Number of steps already done.
+        """
+        newest: Path | None = self.ranks.broadcast(next(iter(list_checkpoints(self.run.checkpoints)[::-1]), None))
+        if newest is None:
+            if self.ranks.is_main:
+                self.run.rewind_metrics(-1)
+            return 0
+        step, tensors, state = load_checkpoint(newest)
+        load_model_state(self.accelerator, self.module, tensors["model"])
+        load_optimizer_state(self.accelerator, self.module, self.optimizer, tensors["optimizer"])
+        if len(tensors["rng"]) == self.ranks.world_size:
+            set_rng_state(tensors["rng"][self.ranks.rank])
+        self.extra.update(state["extra"])
+        if self.ranks.is_main:
+            self.run.rewind_metrics(step)
+            self.report(f"resumed {self.run.path} after step {step} of {self.total_steps}")
+        return step
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint after `step` steps. Every rank must call it."""
+        tensors = {
+            "model": model_state(self.accelerator, self.module),
+            "optimizer": optimizer_state(self.accelerator, self.module, self.optimizer),
+            "rng": self.ranks.gather(rng_state()),
+        }
+        if self.ranks.is_main:
+            save_checkpoint(
+                self.run.checkpoints,
+                step=step,
+                tensors=tensors,
+                state={"extra": self.extra, "world_size": self.ranks.world_size, "batch_size": self.batch_size},
+                keep=self.config.keep_checkpoints,
+            )
+        self.ranks.barrier()
+
+
+Hook = Callable[[int], None]
+
+
+def fit(
+    training: Training,
+    batches: Iterable[Any],
+    step_function: StepFunction,
+    *,
+    start_step: int,
+    hooks: Sequence[tuple[int, Hook]] = (),
+) -> None:
+    """Train from `start_step` to the end.
+
+    Args:
+        batches: one batch of this rank per step, beginning with step `start_step`.
+        hooks: pairs of interval in steps and function of the number of steps done, called on every rank in order,
+            also after the last step.
+
+    Raises:
+        Requeue: a stop was asked for; the checkpoint is written.
+        FloatingPointError: the loss is not finite, on whichever rank.
+    """
+    meter = _Meter(training)
+    source = iter(batches)
+    with StopRequest() as stop:
+        for step in range(start_step, training.total_steps):
+            started = time.perf_counter()
+            batch = next(source)
+            waited = time.perf_counter() - started
+            scalars = _train_step(training, batch, step_function, step=step)
+            done = step + 1
+            meter.add(scalars, waited=waited, seconds=time.perf_counter() - started)
+            last = done == training.total_steps
+            if done % training.config.log_every == 0 or last:
+                meter.publish(done)
+            for interval, hook in hooks:
+                if done % interval == 0 or last:
+                    training.module.eval()
+                    hook(done)
+                    training.module.train()
+            asked = training.ranks.any(stop.requested) or done == training.config.stop_after
+            if asked or last or done % training.config.checkpoint_every == 0:
+                training.save(done)
+            if asked and not last:
+                why = stop.reason or "another rank's signal or loop.stop_after"
+                raise Requeue(
+                    f"after step {done} of {training.total_steps} ({why}); the same command goes on from there"
+                )
+
+
+def _train_step(training: Training, batch: Any, step_function: StepFunction, *, step: int) -> dict[str, Tensor]:
+    accelerator, optimizer = training.accelerator, training.optimizer
+    rate = training.schedule(step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss, scalars = step_function(batch, step=step)
+    accelerator.backward(loss)
+    if training.clip_norm > 0 and not uses_deepspeed(accelerator):
+        accelerator.clip_grad_norm_(training.module.parameters(), training.clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": loss.detach(), **{k: v.detach() for k, v in scalars.items()}}
+
+
+class _Meter:
+    """Collects scalars and times between two reports; the times are this rank's, the scalars the mean over ranks."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.waited, self.seconds = 0, 0.0, 0.0
+
+    def add(self, scalars: dict[str, Tensor], *, waited: float, seconds: float) -> None:
+        for name, value in scalars.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+        self.steps += 1
+        self.waited += waited
+        self.seconds += seconds
+
+    def publish(self, step: int) -> None:
+        training = self.training
+        values = training.ranks.mean({k: v / self.steps for k, v in self.sums.items()})
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"loss is {values['loss']} at step {step} (mean over {self.steps} steps and all ranks): "
+                f"lower optim.lr or use precision 'no'; the last checkpoint in {training.run.checkpoints} is intact"
+            )
+        seconds = self.seconds / self.steps
+        speed = {
+            "time/step_s": seconds,
+            "time/data_wait": self.waited / self.seconds,
+            "time/images_per_s": training.batch_size / seconds,
+            "lr": training.schedule(step - 1),
+        }
+        if training.ranks.is_main:
+            assert training.tracker is not None
+            training.tracker.log({f"train/{k}": v for k, v in values.items()} | speed, step=step)
+            training.report(
+                step_line(
+                    step,
+                    training.total_steps,
+                    values=values,
+                    step_seconds=seconds,
+                    images_per_second=speed["time/images_per_s"],
+                    data_wait=speed["time/data_wait"],
+                )
+            )
+        self._reset()

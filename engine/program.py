@@ -1,0 +1,152 @@
+"""The common front of every program: options, `--check`, one-line errors, exit codes."""
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from engine.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, InputError, Requeue
+
+ConfigT = TypeVar("ConfigT")
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def build_parser(config_class: type[Any], *, description: str) -> ArgumentParser:
+    """Parser of one program: `--config`, `--print_config`, `--check` and one option per field of `config_class`."""
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with the values that differ from the defaults")
+    parser.add_argument(
+        "--check", action="store_true", help="validate config, data and launcher, print what was found, and stop"
+    )
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def parse_config(
+    config_class: type[ConfigT],
+    *,
+    description: str = "",
+    default_config: Path | None = None,
+    argv: Sequence[str] | None = None,
+) -> tuple[ConfigT, bool]:
+    """Read the command line into `config_class`.
+
+    Args:
+        default_config: YAML file used when the command line names none.
+        argv: arguments without the program's name; `sys.argv[1:]` when None.
+
+    Returns:
+        The config, and whether `--check` was given.
+
+    Raises:
+        InputError: unknown key (with the nearest known one), wrong type, value out of range, missing file.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if default_config is not None and not any(a == "--config" or a.startswith("--config=") for a in arguments):
+        arguments = ["--config", str(default_config), *arguments]
+    parser = build_parser(config_class, description=description)
+    try:
+        namespace = parser.instantiate(parser.parse_args(arguments))
+    except (ArgumentError, TypeError, ValueError, OSError) as error:
+        raise InputError(_explain(str(error), known=_known_keys(parser))) from error
+    values = {field.name: namespace[field.name] for field in fields(config_class)}  # type: ignore[arg-type]
+    return config_class(**values), bool(namespace["check"])
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dictionary of a config dataclass, ready for YAML or JSON."""
+    result: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if hasattr(value, "__dataclass_fields__"):
+            value = config_to_dict(value)
+        elif isinstance(value, Path):
+            value = str(value)
+        elif isinstance(value, list | tuple):
+            value = list(value)
+        result[field.name] = value
+    return result
+
+
+def run_program(
+    main: Callable[[ConfigT], None],
+    config_class: type[ConfigT],
+    *,
+    description: str,
+    default_config: Path | None = None,
+    check: Callable[[ConfigT], Sequence[str]] | None = None,
+) -> NoReturn:
+    """Run one program from the command line and leave with its exit code.
+
+    Exit codes: 0 done, 2 bad input (one line on stderr), 75 saved and wants to be requeued, 1 anything else.
+    """
+    try:
+        config, check_only = parse_config(config_class, description=description, default_config=default_config)
+        if check_only:
+            for line in check(config) if check is not None else []:
+                sys.stdout.write(f"ok: {line}\n")
+        else:
+            main(config)
+        code = EXIT_DONE
+    except InputError as error:
+        code = _complain(f"error: {error}", code=EXIT_BAD_INPUT)
+    except Requeue as stop:
+        code = _complain(f"stopped: {stop}", code=EXIT_REQUEUE)
+    except KeyboardInterrupt:
+        code = _complain("interrupted before anything could be saved", code=EXIT_FAILED)
+    except Exception:  # the last resort: the traceback is the message
+        code = _complain(traceback.format_exc().rstrip(), code=EXIT_FAILED)
+    sys.stdout.flush()
+    if code != EXIT_DONE:
+        _leave_now(code)
+    sys.exit(code)
+
+
+def _complain(message: str, *, code: int) -> int:
+    rank = os.environ.get("RANK", "0")
+    sys.stderr.write((f"[rank {rank}] " if rank != "0" else "") + message + "\n")
+    return code
+
+
+def _leave_now(code: int) -> NoReturn:
+    """End without waiting for the other ranks: a clean shutdown of a process group may block on them."""
+    sys.stderr.flush()
+    if "RANK" in os.environ:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _known_keys(parser: ArgumentParser) -> list[str]:
+    defaults: Namespace = parser.get_defaults()
+    return [key for key in defaults.keys(branches=True) if key not in ("config", "check")]
+
+
+def _explain(message: str, *, known: list[str]) -> str:
+    """Turn the parser's message into one line; for an unknown key, name the nearest known one."""
+    line = re.sub(r"\s+", " ", message).strip()
+    group = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", line)
+    plain = re.search(r"(?:does not accept option|Key) '([\w.]+)'(?: is not expected)?", line)
+    option = re.search(r"[Uu]nrecognized arguments: (?:--)?([\w.]+)", line)
+    if group:
+        unknown = f"{group[1]}.{group[2]}"
+    elif option or (plain and "not" in line):
+        unknown = (option or plain)[1]  # type: ignore[index]
+    else:
+        return line.replace('Parser key "', "config key '").replace('":', "':")
+    near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+    if not near:  # a right name in the wrong place: compare the last part alone
+        last = {key.rsplit(".", 1)[-1]: key for key in known}
+        near = [last[name] for name in difflib.get_close_matches(unknown.rsplit(".", 1)[-1], last, n=1)]
+    hint = f"Did you mean '{near[0]}'?" if near else "See --help for the known keys."
+    return f"Unknown key: '{unknown}'. {hint}"

@@ -1,0 +1,61 @@
+"""Small exchanges between ranks: agreements, means, objects. All over gloo on CPU tensors, so no GPU has to wait."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """The control plane of a run: this rank's number, and collectives that every rank calls in the same order."""
+
+    def __init__(self) -> None:
+        connected = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if connected else 0
+        self.world_size = dist.get_world_size() if connected else 1
+        self._group: Any = dist.new_group(backend="gloo") if self.world_size > 1 else None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes files."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on at least one."""
+        if self._group is None:
+            return flag
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(value.item())
+
+    def mean(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
+        """Mean over ranks of each named scalar; every rank gives the same names."""
+        names = sorted(values)
+        packed = torch.stack([torch.as_tensor(values[name]).detach().to("cpu", torch.float64) for name in names])
+        if self._group is not None:
+            dist.all_reduce(packed, group=self._group)
+            packed /= self.world_size
+        return dict(zip(names, packed.tolist(), strict=True))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable `value`, in rank order, on every rank."""
+        if self._group is None:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable `value` on every rank."""
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self._group is not None:
+            dist.barrier(group=self._group)
