@@ -3,15 +3,14 @@
 import os
 import socket
 from datetime import timedelta
-from typing import Literal
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, set_seed
 
 from engine.errors import InputError
+from engine.settings import Precision
 
-Precision = Literal["no", "bf16", "fp16"]
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
 
 
@@ -27,6 +26,8 @@ def build_accelerator(*, precision: Precision = "no", seed: int = 0) -> Accelera
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find out by itself, with a warning per rank
     if world_size > 1:
         _check_rendezvous()
     handlers = []

@@ -5,45 +5,26 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from engine.checkpoint import list_checkpoints, load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from engine.errors import Requeue
-from engine.launch import Precision, uses_deepspeed
+from engine.errors import InputError, Requeue
+from engine.launch import uses_deepspeed
 from engine.optim import Schedule
 from engine.progress import step_line
 from engine.ranks import Ranks
 from engine.runs import RunFolder
+from engine.settings import LoopConfig
 from engine.state import load_model_state, load_optimizer_state, model_state, optimizer_state
 from engine.stop import StopRequest
-from engine.tracking import Tracker, TrackerName
+from engine.tracking import Tracker
 
 Reporter = Callable[[str], None]
-
-
-@dataclass
-class LoopConfig:
-    """How a training is run, not what it learns: all of it may change between two parts of one run."""
-
-    log_every: PositiveInt = 10
-    """Steps between two lines of metrics."""
-    checkpoint_every: PositiveInt = 200
-    """Steps between two checkpoints; one more is written at the end and on request."""
-    keep_checkpoints: PositiveInt = 2
-    """Number of checkpoints kept."""
-    stop_after: NonNegativeInt = 0
-    """Stop with a checkpoint (exit code 75) after this step, as if asked to; 0 never does."""
-    num_workers: NonNegativeInt = 2
-    """Data-loader processes per rank; 0 reads in the training process."""
-    tracker: TrackerName = "wandb"
-    """wandb (offline unless logged in), or none; metrics.jsonl is written in any case."""
-    project: str = "saccade"
-    """W&B project."""
 
 
 class StepFunction(Protocol):
@@ -54,7 +35,13 @@ class StepFunction(Protocol):
 
 @dataclass
 class Training:
-    """Everything one training consists of. `extra` is small JSON state that belongs in checkpoints."""
+    """Everything one training consists of; as a context, closes the tracker.
+
+    Attributes:
+        identity: what the run was started on (data digest, ...); a checkpoint with another identity is refused.
+        extra: small JSON state that belongs in checkpoints (counters, best value so far).
+        report: writes one line for whoever watches; silent on all ranks but the first.
+    """
 
     accelerator: Accelerator
     ranks: Ranks
@@ -67,13 +54,18 @@ class Training:
     total_steps: int
     batch_size: int
     clip_norm: float
+    identity: dict[str, str]
     extra: dict[str, Any]
     report: Reporter
 
-    @property
-    def precision(self) -> Precision:
-        """Mixed precision in use."""
-        return self.accelerator.mixed_precision
+    def __enter__(self) -> "Training":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.tracker is not None:
+            self.tracker.finish(failed=kind is not None and not issubclass(kind, Requeue))
 
     def resume(self) -> int:
         """Load the newest checkpoint, if there is one.
@@ -87,6 +79,12 @@ class Training:
                 self.run.rewind_metrics(-1)
             return 0
         step, tensors, state = load_checkpoint(newest)
+        for key, value in self.identity.items():
+            if state["identity"].get(key) != value:
+                raise InputError(
+                    f"{newest} was trained on other {key} ({str(state['identity'].get(key))[:12]}, now {value[:12]}): "
+                    f"give the same {key}, or another --run"
+                )
         load_model_state(self.accelerator, self.module, tensors["model"])
         load_optimizer_state(self.accelerator, self.module, self.optimizer, tensors["optimizer"])
         if len(tensors["rng"]) == self.ranks.world_size:
@@ -97,10 +95,14 @@ class Training:
             self.report(f"resumed {self.run.path} after step {step} of {self.total_steps}")
         return step
 
+    def weights(self) -> dict[str, Tensor]:
+        """Full-precision weights and buffers on CPU, by name. Every rank must call it."""
+        return model_state(self.accelerator, self.module)
+
     def save(self, step: int) -> None:
         """Write a checkpoint after `step` steps. Every rank must call it."""
         tensors = {
-            "model": model_state(self.accelerator, self.module),
+            "model": self.weights(),
             "optimizer": optimizer_state(self.accelerator, self.module, self.optimizer),
             "rng": self.ranks.gather(rng_state()),
         }
@@ -109,7 +111,7 @@ class Training:
                 self.run.checkpoints,
                 step=step,
                 tensors=tensors,
-                state={"extra": self.extra, "world_size": self.ranks.world_size, "batch_size": self.batch_size},
+                state={"extra": self.extra, "identity": self.identity, "world_size": self.ranks.world_size},
                 keep=self.config.keep_checkpoints,
             )
         self.ranks.barrier()

@@ -2,41 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from accelerate import Accelerator
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import Optimizer
 
 from engine.errors import InputError
 from engine.launch import uses_deepspeed
+from engine.settings import OptimConfig
 
 # timm's names: its "sgd" is Nesterov, ours is plain heavy-ball momentum as in SimCLR and EML-NET.
 TIMM_NAMES = {"sgd": "momentum", "lars": "lars", "adamw": "adamw"}
-
-
-@dataclass
-class OptimConfig:
-    """Optimiser and schedule."""
-
-    name: Literal["lars", "sgd", "adamw"] = "lars"
-    """LARS (trust coefficient 1e-3), SGD with momentum, or AdamW. Norms and biases get no weight decay (nor LARS)."""
-    lr: PositiveFloat = 0.3
-    """Learning rate before scaling."""
-    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
-    """linear: lr * batch / 256; sqrt: lr * sqrt(batch); none: lr as it is."""
-    momentum: ClosedUnitInterval = 0.9
-    """Momentum of LARS and SGD; beta1 of AdamW."""
-    weight_decay: NonNegativeFloat = 1e-4
-    """Weight decay of the weights."""
-    warmup_epochs: NonNegativeFloat = 10.0
-    """Epochs of linear warm-up from zero."""
-    schedule: Literal["cosine", "half", "constant"] = "cosine"
-    """After warm-up: cosine to zero; x0.1 at half of all steps; or constant."""
-    clip_norm: NonNegativeFloat = 0.0
-    """Clip the gradient's global L2 norm to this; 0 leaves it alone."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -61,7 +61,7 @@ def parse_config(
     except (ArgumentError, TypeError, ValueError, OSError) as error:
         raise InputError(_explain(str(error), known=_known_keys(parser))) from error
     values = {field.name: namespace[field.name] for field in fields(config_class)}  # type: ignore[arg-type]
-    return config_class(**values), bool(namespace["check"])
+    return _plain(config_class(**values)), bool(namespace["check"])
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -111,6 +111,18 @@ def run_program(
     if code != EXIT_DONE:
         _leave_now(code)
     sys.exit(code)
+
+
+def _plain(value: Any) -> Any:
+    """Restricted numbers (PositiveInt, ...) as plain ones, which YAML and pickle know."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _plain(getattr(value, field.name)) for field in fields(value)})
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
 
 
 def _complain(message: str, *, code: int) -> int:

@@ -59,6 +59,12 @@ class ProgressBar:
         self._stream.flush()
 
 
+def report(line: str) -> None:
+    """Write one line for whoever watches the run; the only way training programs talk on stdout."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def duration(seconds: float) -> str:
     """Seconds as `1h02m`, `3m20s` or `12s`."""
     whole = int(max(seconds, 0))

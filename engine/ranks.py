@@ -1,11 +1,13 @@
 """Small exchanges between ranks: agreements, means, objects. All over gloo on CPU tensors, so no GPU has to wait."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from engine.errors import InputError
 
 
 class Ranks:
@@ -54,6 +56,18 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
+
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Run `action` on rank 0 while the others wait; its InputError is raised on every rank, so all end alike."""
+        message = None
+        if self.is_main:
+            try:
+                action()
+            except InputError as error:
+                message = str(error)
+        message = self.broadcast(message)
+        if message is not None:
+            raise InputError(message)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

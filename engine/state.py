@@ -15,9 +15,19 @@ from engine.launch import uses_deepspeed
 OptimizerState = dict[str, dict[str, Tensor]]
 
 
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DDP, DeepSpeed's engine or torch.compile.
+
+    accelerate's own function imports DeepSpeed to find out, which costs seconds where it is not in use.
+    """
+    while isinstance(inner := getattr(module, "module", getattr(module, "_orig_mod", None)), nn.Module):
+        module = inner
+    return module
+
+
 def model_state(accelerator: Accelerator, module: nn.Module) -> dict[str, Tensor]:
     """Full-precision weights and buffers of the prepared `module`, on CPU. Every rank must call it."""
-    plain = accelerator.unwrap_model(module)
+    plain = unwrap(module)
     state = {name: value.detach().to("cpu", copy=True) for name, value in plain.state_dict().items()}
     if uses_deepspeed(accelerator):
         from deepspeed.utils import safe_get_full_fp32_param
@@ -30,7 +40,7 @@ def model_state(accelerator: Accelerator, module: nn.Module) -> dict[str, Tensor
 
 def load_model_state(accelerator: Accelerator, module: nn.Module, state: dict[str, Tensor]) -> None:
     """Put weights and buffers into the prepared `module`, and into DeepSpeed's full-precision copies."""
-    plain = accelerator.unwrap_model(module)
+    plain = unwrap(module)
     plain.load_state_dict(state)
     if uses_deepspeed(accelerator):
         from deepspeed.utils import safe_set_full_fp32_param
@@ -42,7 +52,7 @@ def load_model_state(accelerator: Accelerator, module: nn.Module, state: dict[st
 
 def optimizer_state(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> OptimizerState:
     """Whole optimiser slots by parameter name, on CPU. Every rank must call it. Empty before the first step."""
-    plain = accelerator.unwrap_model(module)
+    plain = unwrap(module)
     parameters = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     if not uses_deepspeed(accelerator):
         slots = optimizer.optimizer.state
@@ -69,7 +79,7 @@ def load_optimizer_state(accelerator: Accelerator, module: nn.Module, optimizer:
     """Put slots written by `optimizer_state` into the prepared optimiser."""
     if not state:
         return
-    plain = accelerator.unwrap_model(module)
+    plain = unwrap(module)
     parameters = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     if not uses_deepspeed(accelerator):
         for name, slots in state.items():

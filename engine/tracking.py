@@ -9,8 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.runs import RunFolder
-
-TrackerName = Literal["wandb", "none"]
+from engine.settings import TrackerName
 
 
 class Tracker:

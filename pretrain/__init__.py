@@ -1,0 +1,1 @@
+"""The student: contrastive or supervised pretraining with an extra head that predicts where people look."""

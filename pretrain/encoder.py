@@ -1,0 +1,89 @@
+"""The encoder file: a backbone that plain timm loads, and the run's student put together again for the probes."""
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from engine.errors import InputError
+from engine.files import atomic_directory, sha256_of
+from pretrain.config import Config
+
+WEIGHTS, CONFIG, HEADS = "model.safetensors", "config.json", "heads.safetensors"
+
+
+def write_encoder(directory: Path, backbone: nn.Module, *, config: Config, student: dict[str, Tensor]) -> None:
+    """Write `encoder/`: backbone weights, timm's `config.json`, and beside them the attention heads.
+
+    Loads without Saccade: `timm.create_model("<architecture>", num_classes=0, checkpoint_path="model.safetensors")`, or
+    `timm.create_model("local-dir:<directory>", pretrained=True)`.
+
+    Args:
+        student: the whole student's state, names as in `Student`.
+    """
+    data = resolve_model_data_config(backbone)
+    size = config.data.image_size
+    settings = {
+        "architecture": config.model.backbone,
+        "num_classes": 0,
+        "num_features": backbone.num_features,
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "interpolation": data["interpolation"],
+            "crop_pct": 1.0,
+            "mean": list(data["mean"]),
+            "std": list(data["std"]),
+            "num_classes": 0,
+        },
+    }
+    if needs_image_size(config.model.backbone):
+        settings["model_args"] = {"img_size": size}
+    with atomic_directory(directory) as temporary:
+        save_file(_part(student, "backbone."), temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(_part(student, "attention_heads."), temporary / HEADS, metadata={"format": "pt"})
+        (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def load_encoder(directory: Path) -> nn.Module:
+    """Frozen backbone from an `encoder/` folder, in evaluation mode.
+
+    Raises:
+        InputError: no encoder there, or weights of another architecture.
+    """
+    if not (directory / WEIGHTS).is_file() or not (directory / CONFIG).is_file():
+        raise InputError(f"no encoder in {directory}: finish the pretraining first, or give a run that has encoder/")
+    settings = json.loads((directory / CONFIG).read_text())
+    arguments = settings.get("model_args", {})
+    backbone = timm.create_model(settings["architecture"], pretrained=False, num_classes=0, **arguments)
+    try:
+        backbone.load_state_dict(load_file(directory / WEIGHTS))
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"{directory / WEIGHTS} does not fit {settings['architecture']}: {first}") from error
+    return backbone.eval().requires_grad_(False)
+
+
+def load_heads(directory: Path) -> dict[str, Tensor]:
+    """State of the attention heads beside an encoder; empty for an arm without attention."""
+    return load_file(directory / HEADS) if (directory / HEADS).is_file() else {}
+
+
+def encoder_hash(directory: Path) -> str:
+    """SHA-256 of the encoder's weights: what a probe's numbers were measured on."""
+    return sha256_of(directory / WEIGHTS)
+
+
+def needs_image_size(name: str) -> bool:
+    """Whether a timm architecture is built for one input size (position embeddings) and wants `img_size`."""
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    return getattr(getattr(model, "patch_embed", None), "img_size", None) is not None
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    # safetensors refuses tensors that share memory or are strided
+    return {name.removeprefix(prefix): t.contiguous().clone() for name, t in state.items() if name.startswith(prefix)}

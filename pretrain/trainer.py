@@ -1,0 +1,236 @@
+"""Puts a pretraining run together from its config, and checks it without training."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import InputError
+from engine.launch import build_accelerator, configure_deepspeed, local_batch_size
+from engine.loop import Training, fit
+from engine.optim import build_optimizer, build_schedule
+from engine.program import config_to_dict
+from engine.progress import report
+from engine.ranks import Ranks
+from engine.runs import RunFolder, check_run_name
+from engine.tracking import Tracker
+from pretrain.config import Config
+from pretrain.data import BadSampleCount, Batch, ViewDataset, find_label_set, view_batches
+from pretrain.encoder import write_encoder
+from pretrain.model import Student, input_statistics
+from pretrain.objective import Objective, memory_format
+from pretrain.prepare import prepare_sample
+from shards.reader import BadSample, ShardSet
+
+# What may differ between two parts of one run: it changes how fast the same result is reached, not the result.
+FREE_KEYS = frozenset({"loop", "runs", "data.shards", "data.labels"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers that follow from config, data and launcher; computed, never written back."""
+
+    total_steps: int
+    steps_per_epoch: float
+    local_batch: int
+
+
+def open_data(config: Config) -> ShardSet:
+    """The image shards, joined with their labels in attention arms.
+
+    Raises:
+        InputError: missing or empty shards, labels of another image set or teacher, no classes for a supervised arm.
+    """
+    labels = None
+    if config.attends:
+        if config.data.labels is None:
+            raise InputError(
+                f"data.labels is needed by arm '{config.arm}': give the folder that teacher/label.py wrote"
+            )
+        labels = find_label_set(config.data.labels)
+    shards = ShardSet(config.data.shards, labels=labels, teacher_hash=config.data.teacher)
+    if not config.contrastive and not shards.classes:
+        raise InputError(f"{config.data.shards}: arm '{config.arm}' needs classes, and these shards have none")
+    return shards
+
+
+def make_plan(config: Config, *, num_samples: int, world_size: int) -> Plan:
+    """Steps of the run and the batch of one rank.
+
+    Raises:
+        InputError: the ranks do not divide the batch, the batch exceeds the set, or there is not one whole step.
+    """
+    local = local_batch_size(config.data.batch_size, world_size=world_size)
+    if config.data.batch_size > num_samples:
+        raise InputError(
+            f"data.batch_size {config.data.batch_size} is more than the {num_samples} samples in {config.data.shards}: "
+            f"lower it, so that no image is its own negative"
+        )
+    if config.contrastive and config.data.batch_size < 2:
+        raise InputError("data.batch_size 1 leaves a contrastive arm without negatives: take at least 2")
+    per_epoch = num_samples / config.data.batch_size
+    total = config.max_steps or math.floor(config.epochs * per_epoch)
+    if total < 1:
+        raise InputError(f"epochs {config.epochs} is less than one step of {config.data.batch_size} images: raise it")
+    return Plan(total, per_epoch, local)
+
+
+def check(config: Config) -> list[str]:
+    """Validate a run without training it: config, shards, labels, model, memory of one step's tensors, launcher."""
+    check_run_name(config.run)
+    accelerator = build_accelerator(precision=config.precision, seed=config.seed)
+    shards = open_data(config)
+    plan = make_plan(config, num_samples=shards.num_samples, world_size=accelerator.num_processes)
+    student = Student(config, num_classes=len(shards.classes))
+    weights = sum(p.numel() for p in student.parameters())
+    views = plan.local_batch * config.num_views
+    sample = shards.read(0, 0)
+    lines = [
+        f"launcher: {accelerator.num_processes} rank(s), {accelerator.distributed_type.value}, on {accelerator.device}",
+        f"shards: {config.data.shards}, {shards.num_samples} samples in {len(shards.shard_sizes)} shards; "
+        f"first key {sample.key!r} reads",
+        f"run: {plan.total_steps} steps of {config.data.batch_size} images ({plan.local_batch} a rank)",
+        f"model: {config.model.backbone}, {weights / 1e6:.1f} M parameters, "
+        f"{weights * 16 / 2**20:.0f} MiB for weights, gradients and two optimiser slots in fp32",
+        f"views: {views} of {config.data.image_size} px a rank and step, "
+        f"{views * 12 * config.data.image_size**2 / 2**20:.0f} MiB as fp32 input",
+    ]
+    if shards.label_manifest is not None:
+        lines.append(f"labels: teacher {shards.label_manifest.extra['teacher']['hash'][:16]}")
+    return lines
+
+
+def train(config: Config) -> RunFolder:
+    """Pretrain, or go on with, the run that `config` names; write its encoder and summary.
+
+    Raises:
+        InputError: anything wrong with config, data, launcher or run folder, before a step is made.
+        Requeue: stopped on request with a checkpoint.
+    """
+    check_run_name(config.run)
+    accelerator = build_accelerator(precision=config.precision, seed=config.seed)
+    ranks = Ranks()
+    ranks.on_main(lambda: prepare_sample(config))
+    shards = open_data(config)
+    plan = make_plan(config, num_samples=shards.num_samples, world_size=ranks.world_size)
+    student = Student(config, num_classes=len(shards.classes)).to(memory_format=memory_format(config))
+    statistics = input_statistics(student.backbone)
+    optimizer = build_optimizer(student, config.optim, accelerator=accelerator)
+    run = RunFolder(config.runs / config.run)
+    resolved = config_to_dict(config)
+    ranks.on_main(lambda: run.claim(resolved, free=FREE_KEYS))
+    configure_deepspeed(accelerator, local_batch=plan.local_batch, clip_norm=config.optim.clip_norm)
+    module, prepared = accelerator.prepare(student, optimizer)
+    module.train()
+    tracker = None
+    if ranks.is_main:
+        tracker = Tracker(run, backend=config.loop.tracker, project=config.loop.project, config=resolved)
+    training = Training(
+        accelerator=accelerator,
+        ranks=ranks,
+        run=run,
+        tracker=tracker,
+        module=module,
+        optimizer=prepared,
+        schedule=build_schedule(
+            config.optim,
+            batch_size=config.data.batch_size,
+            steps_per_epoch=plan.steps_per_epoch,
+            total_steps=plan.total_steps,
+        ),
+        config=config.loop,
+        total_steps=plan.total_steps,
+        batch_size=config.data.batch_size,
+        clip_norm=config.optim.clip_norm,
+        identity=_identity(shards),
+        extra={},
+        report=report if ranks.is_main else _silent,
+    )
+    with training:
+        start = training.resume()
+        objective = Objective(module, config, statistics, accelerator.device)
+        batches = _batches(config, shards, ranks=ranks, start=start, plan=plan)
+        count = BadSampleCount(training.extra, max_fraction=config.data.max_bad_fraction)
+        fit(training, _counted(batches, training, count, start=start), objective, start_step=start)
+        _finish(training, student, config=config, shards=shards)
+    return run
+
+
+def make_dataset(config: Config, shards: ShardSet) -> ViewDataset:
+    """The data set of the config's views; maps come along in attention arms."""
+    size = 0
+    if config.attends:
+        sample = _first_readable(shards)
+        assert sample.map is not None
+        size = sample.map.shape[0]
+    return ViewDataset(
+        shards,
+        views=config.views,
+        num_views=config.num_views,
+        image_size=config.data.image_size,
+        seed=config.seed,
+        map_size=size,
+    )
+
+
+def _batches(config: Config, shards: ShardSet, *, ranks: Ranks, start: int, plan: Plan) -> Iterator[Batch]:
+    return view_batches(
+        make_dataset(config, shards),
+        data=config.data,
+        loop=config.loop,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        start_step=start,
+        stop_step=plan.total_steps,
+        seed=config.seed,
+    )
+
+
+def _identity(shards: ShardSet) -> dict[str, str]:
+    labels = shards.label_manifest
+    return {"shards": shards.digest} | ({"labels": labels.digest} if labels is not None else {})
+
+
+def _counted(batches: Iterator[Batch], training: Training, count: BadSampleCount, *, start: int) -> Iterator[Batch]:
+    """Count bad samples over all ranks as the batches go by, so that all ranks stop together."""
+    for step, batch in enumerate(batches, start=start):
+        if not training.ranks.any(bool(batch.bad)):
+            yield batch
+            continue
+        reasons = [reason for part in training.ranks.gather(batch.bad) for reason in part]
+        for reason in reasons:
+            training.report(f"bad sample at step {step}: {reason}")
+        count.add(reasons, num_read=(step + 1) * training.batch_size)
+        yield batch
+
+
+def _finish(training: Training, student: Student, *, config: Config, shards: ShardSet) -> None:
+    run, step = training.run, training.total_steps
+    state = training.weights()
+    if not training.ranks.is_main:
+        return
+    write_encoder(run.path / "encoder", student.backbone, config=config, student=state)
+    last: dict[str, Any] = {}
+    for line in run.metrics():
+        last.update(line)
+    teacher = shards.label_manifest.extra.get("teacher") if shards.label_manifest is not None else None
+    run.write_summary(
+        {k: v for k, v in last.items() if k != "step"} | {"data/num_bad": training.extra.get("num_bad", 0)},
+        step=step,
+        data={"shards": shards.digest, "num_samples": shards.num_samples, "teacher": teacher},
+    )
+    training.report(f"done: {step} steps, encoder in {run.path / 'encoder'}")
+
+
+def _first_readable(shards: ShardSet) -> Any:
+    for shard, size in enumerate(shards.shard_sizes.tolist()):
+        for row in range(min(size, 8)):
+            try:
+                return shards.read(shard, row)
+            except BadSample:
+                continue
+    raise InputError(f"{shards.root}: no sample of the first rows of any shard can be read; run shards/verify.py on it")
+
+
+def _silent(line: str) -> None:
+    return None
