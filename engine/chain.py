@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Step:
     Attributes:
         program: file under the repository.
         options: dotted option to value.
-        makes: file that exists once the step is done.
+        makes: file, or pattern of one, that exists once the step is done.
         group: name that `until` may stop before; "" for none.
         launch: start it with `accelerate launch` instead of plain Python.
     """
@@ -96,16 +97,16 @@ def run_chain(steps: list[Step], *, variables: Mapping[str, str], until: str = "
     for number, step in enumerate(steps, start=1):
         if until and step.group == until:
             return
-        made = Path(step.makes.format(**variables))
+        made = step.makes.format(**variables)
         heading = f"[{number}/{len(steps)}] {step.title}"
-        if made.exists():
+        if glob(made):
             report(f"{heading}: done before ({made})")
             continue
         report(heading)
         started = time.monotonic()
         command = step.command(variables)
         code = subprocess.run(command, env=_clean_environment(), check=False).returncode
-        if code or not made.exists():
+        if code or not glob(made):
             what = f"ended with exit code {code}" if code else f"left no {made}"
             raise InputError(f"step '{step.title}' {what}; its command: {shlex.join(command)}")
         report(f"[{number}/{len(steps)}] {step.title}: {duration(time.monotonic() - started)}")

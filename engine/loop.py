@@ -157,11 +157,12 @@ def fit(
                     training.module.eval()
                     hook(done)
                     training.module.train()
-            asked = training.ranks.any(stop.requested) or done == training.config.stop_after
+            signalled = training.ranks.any(stop.requested)
+            asked = signalled or done == training.config.stop_after
             if asked or last or done % training.config.checkpoint_every == 0:
                 training.save(done)
             if asked and not last:
-                why = stop.reason or "another rank's signal or loop.stop_after"
+                why = (stop.reason or "a signal to another rank") if signalled else "loop.stop_after"
                 raise Requeue(
                     f"after step {done} of {training.total_steps} ({why}); the same command goes on from there"
                 )

@@ -74,9 +74,14 @@ def config_to_dict(config: Any) -> dict[str, Any]:
         elif isinstance(value, Path):
             value = str(value)
         elif isinstance(value, list | tuple):
-            value = list(value)
+            value = [_builtin(item) for item in value]
         result[field.name] = value
     return result
+
+
+def _builtin(value: Any) -> Any:
+    """Inside containers jsonargparse leaves its range-checked number types, which YAML cannot write."""
+    return next((kind(value) for kind in (bool, int, float) if isinstance(value, kind)), value)
 
 
 def run_program(
@@ -102,7 +107,8 @@ def run_program(
     except InputError as error:
         code = _complain(f"error: {error}", code=EXIT_BAD_INPUT)
     except Requeue as stop:
-        code = _complain(f"stopped: {stop}", code=EXIT_REQUEUE)
+        # all ranks stop together: the first one speaks for them
+        code = _complain(f"stopped: {stop}", code=EXIT_REQUEUE) if _rank() == "0" else EXIT_REQUEUE
     except KeyboardInterrupt:
         code = _complain("interrupted before anything could be saved", code=EXIT_FAILED)
     except Exception:  # the last resort: the traceback is the message
@@ -117,8 +123,8 @@ def _plain(value: Any) -> Any:
     """Restricted numbers (PositiveInt, ...) as plain ones, which YAML and pickle know."""
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: _plain(getattr(value, field.name)) for field in fields(value)})
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)
@@ -126,9 +132,13 @@ def _plain(value: Any) -> Any:
 
 
 def _complain(message: str, *, code: int) -> int:
-    rank = os.environ.get("RANK", "0")
+    rank = _rank()
     sys.stderr.write((f"[rank {rank}] " if rank != "0" else "") + message + "\n")
     return code
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
 
 
 def _leave_now(code: int) -> NoReturn:

@@ -63,10 +63,10 @@ def optimizer_state(accelerator: Accelerator, module: nn.Module, optimizer: Any)
         }
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    base = optimizer.optimizer.optimizer
-    flat_slots = list(base.state.values())
+    flat_slots = list(optimizer.optimizer.optimizer.state.values())
     if not flat_slots:
         return {}
+    _link_slots(optimizer.optimizer)
     per_element = [k for k, v in flat_slots[0].items() if torch.is_tensor(v) and v.numel() > 1]
     shared = {k: torch.as_tensor(v).detach().to("cpu", copy=True) for k, v in flat_slots[0].items() if _is_scalar(v)}
     return {
@@ -97,10 +97,20 @@ def load_optimizer_state(accelerator: Accelerator, module: nn.Module, optimizer:
         zero.optimizer.state[flat] = {k: torch.zeros_like(flat.data) for k in per_element} | {
             k: v.clone() for k, v in example.items() if v.dim() == 0
         }
-    zero._lazy_init_hp_params_optimizer_state()
+    _link_slots(zero)
     for name, p in parameters.items():
         for key in per_element:
             safe_set_full_optimizer_state(p, state[name][key].to(p.device), key)
+
+
+def _link_slots(zero: Any) -> None:
+    """Connect every parameter with its piece of the slots.
+
+    DeepSpeed 0.19 does it once, after the first parameter group's first step, when the other groups have no slots yet;
+    so it is made to do it again.
+    """
+    zero._hp_optimizer_states_linked = False
+    zero._lazy_init_hp_params_optimizer_state()
 
 
 def _is_scalar(value: Any) -> bool:

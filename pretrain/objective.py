@@ -85,7 +85,7 @@ def attention_objective(
         )
         total = total + share * loss
         for name, value in terms.items():
-            parts[name] = parts.get(name, torch.zeros_like(value)) + value / len(logits)
+            parts[name] = parts.get(name, torch.zeros_like(value)) + share * value
     return total, parts
 
 

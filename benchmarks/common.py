@@ -1,0 +1,97 @@
+"""What every benchmark needs: the environment it ran in, timing in pairs, and results written the same way."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown"
+
+
+def _git_commit() -> str:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
+
+
+def environment(**more: Any) -> dict[str, Any]:
+    """Return what a figure depends on: versions, processor, cores, commit, and whatever the benchmark adds."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "commit": _git_commit(),
+        **more,
+    }
+
+
+def time_pairs(
+    ours: Callable[[], object], theirs: Callable[[], object], *, num_pairs: int, warmup: int = 1
+) -> tuple[list[float], list[float]]:
+    """Time two functions by turns, so that a busy moment of the machine hits both.
+
+    Args:
+        ours: called without arguments.
+        theirs: called without arguments.
+        num_pairs: number of timed pairs.
+        warmup: untimed pairs before.
+
+    Returns:
+        Seconds of each call of `ours` and of `theirs`.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    for pair in range(warmup + num_pairs):
+        for function, taken in zip((ours, theirs), times, strict=True):
+            start = time.perf_counter()
+            function()
+            if pair >= warmup:
+                taken.append(time.perf_counter() - start)
+    return times
+
+
+def ratio_of_pairs(ours: list[float], theirs: list[float]) -> float:
+    """Median over pairs of `theirs / ours`: above 1, ours is faster."""
+    return statistics.median(other / own for own, other in zip(ours, theirs, strict=True))
+
+
+def report(
+    name: str, *, figures: Mapping[str, float], environment: Mapping[str, Any], title: str, notes: str, table: str = ""
+) -> None:
+    """Write `results/NAME.json` and `.md`, and print the result as one line of JSON.
+
+    Args:
+        name: of the benchmark.
+        figures: name to number; ratios are named `<ours>_vs_<theirs>`, above 1 meaning ours is better.
+        environment: of `environment()`.
+        title: headline of the page.
+        notes: what was measured on what, in Markdown.
+        table: further tables, in Markdown.
+    """
+    result = {"benchmark": name, "figures": dict(figures), "environment": dict(environment)}
+    rows = "\n".join(f"| {figure} | {value:.4g} |" for figure, value in figures.items())
+    facts = "\n".join(f"- {key}: {value}" for key, value in environment.items())
+    parts = [f"# {title}", notes, f"| Figure | Value |\n|---|---|\n{rows}", table, f"Measured with:\n\n{facts}"]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))

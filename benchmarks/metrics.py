@@ -1,0 +1,197 @@
+"""Saliency metrics against pysaliency, on 200 images of OSIE: `SACCADE_DATA=FOLDER python benchmarks/metrics.py`.
+
+FOLDER holds `osie/`. Both sides get the same maps and fixations, one thread each, and take turns.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.io import loadmat
+
+from attention.baselines import MapShape
+from attention.fixations import pad_fixations, shuffled_negatives
+from attention.maps import to_density
+from attention.metrics import evaluate_maps
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import environment, ratio_of_pairs, report, time_pairs
+
+SIZE = (600, 800)
+EPS = 2.2204e-16
+FLOOR = 1e-9
+NAMES = ("nss", "kld", "cc", "sim", "auc_judd", "auc_borji", "auc_shuffled", "information_gain")
+
+
+def import_pysaliency() -> Any:
+    """Import pysaliency 0.2, which needs two names that current setuptools and numpy no longer have."""
+    if "pkg_resources" not in sys.modules:
+        stand_in = types.ModuleType("pkg_resources")
+        stand_in.resource_string = stand_in.resource_listdir = None  # type: ignore[attr-defined]
+        sys.modules["pkg_resources"] = stand_in
+    if not hasattr(np, "trapz"):
+        np.trapz = np.trapezoid  # type: ignore[attr-defined]
+    import pysaliency
+
+    return pysaliency
+
+
+def read_gaze(num_images: int) -> list[list[np.ndarray]]:
+    """Fixations of the last images of OSIE (its validation split): per image, per observer `(num, 2)` x, y."""
+    path = Path(os.environ.get("SACCADE_DATA", "")) / "osie" / "data" / "eye" / "fixations.mat"
+    if not path.is_file():
+        sys.exit("SACCADE_DATA must name a folder that holds osie/data/eye/fixations.mat")
+    images = loadmat(path, simplify_cells=True)["fixations"][-num_images:]
+    return [
+        [np.stack([np.atleast_1d(one[axis]) for axis in ("fix_x", "fix_y")], axis=1) for one in image["subjects"]]
+        for image in images
+    ]
+
+
+class Material:
+    """Maps and fixations: the map of seven observers predicts that of all fifteen, the mean map is the baseline."""
+
+    def __init__(self, gaze: list[list[np.ndarray]], *, dtype: torch.dtype) -> None:
+        shape = MapShape(size=SIZE, sigma=24, grid=SIZE)
+        self.points = [np.concatenate(observers) for observers in gaze]
+        seven = [np.concatenate(observers[:7]) for observers in gaze]
+        # A floor far below the uniform density: pysaliency's information gain is infinite where a map is exactly 0.
+        self.prediction, self.target = (
+            to_density(torch.stack([shape.density(points) for points in side]).to(dtype) + FLOOR)
+            for side in (seven, self.points)
+        )
+        self.baseline = self.target.mean(dim=0)
+        self.padded = pad_fixations(self.points)
+        self.negatives = shuffled_negatives(*self.padded)
+
+    def ours(self) -> dict[str, torch.Tensor]:
+        """Evaluate all metrics with this project."""
+        return evaluate_maps(
+            self.prediction,
+            target=self.target,
+            fixations=self.padded[0],
+            valid=self.padded[1],
+            baseline=self.baseline,
+            negatives=self.negatives[0],
+            negatives_valid=self.negatives[1],
+        )
+
+
+class Reference:
+    """The same evaluation through pysaliency's models, maps already in its cache."""
+
+    def __init__(self, material: Material, *, jitter: bool) -> None:
+        pysaliency = import_pysaliency()
+        num_images = len(material.points)
+        blank = np.random.default_rng(0).integers(0, 255, (num_images, *SIZE), dtype=np.uint8)
+        self.stimuli = pysaliency.Stimuli(list(blank))
+        x, y = np.concatenate(material.points).T
+        owner = np.repeat(np.arange(num_images), [len(points) for points in material.points])
+        self.fixations = pysaliency.Fixations.create_without_history(x=x, y=y, n=owner)
+
+        class Stored(pysaliency.SaliencyMapModel):  # type: ignore[misc]
+            def _saliency_map(self, stimulus: np.ndarray) -> np.ndarray:
+                raise LookupError("every map is stored")
+
+        self.model, self.target, self.baseline = Stored(), Stored(), Stored()
+        for row, stimulus in enumerate(self.stimuli):
+            self.model._cache[stimulus.stimulus_id] = material.prediction[row].numpy()
+            self.target._cache[stimulus.stimulus_id] = material.target[row].numpy()
+            self.baseline._cache[stimulus.stimulus_id] = material.baseline.numpy()
+        self.normalised = pysaliency.models.SaliencyMapNormalizingModel
+        self.jitter = jitter
+
+    def calls(self) -> dict[str, Callable[[], np.ndarray]]:
+        """Metric to a call of pysaliency's: one value per image, or per fixation (NSS, information gain)."""
+        model, stimuli, fixations = self.model, self.stimuli, self.fixations
+        no_minimum: dict[str, float] = {"minimum_value": 0.0}
+        divergence = no_minimum | {"log_regularization": EPS, "quotient_regularization": EPS}
+
+        def gains() -> np.ndarray:
+            # New objects each time: the normalised maps are part of the work.
+            own, base = (self.normalised(each, **no_minimum) for each in (model, self.baseline))
+            return own.information_gains(stimuli, fixations, baseline_model=base)
+
+        return {
+            "nss": lambda: model.NSSs(stimuli, fixations),
+            "kld": lambda: np.asarray(model.image_based_kl_divergences(stimuli, self.target, **divergence)),
+            "cc": lambda: model.CCs(stimuli, self.target),
+            "sim": lambda: model.SIMs(stimuli, self.target),
+            "auc_judd": lambda: np.asarray(model.AUC_Judd(stimuli, fixations, jitter=self.jitter)),
+            "auc_borji": lambda: np.asarray(model.AUC_per_image(stimuli, fixations, nonfixations="uniform")),
+            "auc_shuffled": lambda: np.asarray(model.AUC_per_image(stimuli, fixations, nonfixations="shuffled")),
+            "information_gain": gains,
+        }
+
+    def evaluate(self) -> dict[str, float]:
+        """All metrics, mean over images."""
+        owner = self.fixations.n
+        means = {}
+        for name, call in self.calls().items():
+            values = call()
+            if values.shape == owner.shape:
+                values = np.bincount(owner, values) / np.bincount(owner)
+            means[name] = float(np.mean(values))
+        return means
+
+
+def measure(gaze: list[list[np.ndarray]], *, dtype: torch.dtype, jitter: bool, num_pairs: int) -> dict[str, float]:
+    """Ratio of pysaliency's time to ours, both times in ms an image, and the largest difference of the mean metrics."""
+    material = Material(gaze, dtype=dtype)
+    reference = Reference(material, jitter=jitter)
+    ours, theirs = time_pairs(material.ours, reference.evaluate, num_pairs=num_pairs)
+    own = {name: values.double().mean().item() for name, values in material.ours().items() if name in NAMES}
+    other = reference.evaluate()
+    return {
+        "ratio": ratio_of_pairs(ours, theirs),
+        "ours_ms": 1000 * statistics.median(ours) / len(gaze),
+        "pysaliency_ms": 1000 * statistics.median(theirs) / len(gaze),
+        "largest_difference": max(abs(own[name] - other[name]) for name in NAMES),
+    }
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=200, help="number of images, from the end of OSIE")
+    parser.add_argument("--pairs", type=int, default=3, help="timed pairs of each setting")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=RuntimeWarning)
+    torch.set_num_threads(1)
+    gaze = read_gaze(options.images)
+    settings = {
+        "": (torch.float32, True),
+        "_no_jitter": (torch.float32, False),
+        "_float64": (torch.float64, True),
+    }
+    figures, rows = {}, []
+    for suffix, (dtype, jitter) in settings.items():
+        got = measure(gaze, dtype=dtype, jitter=jitter, num_pairs=options.pairs)
+        figures[f"metrics_vs_pysaliency{suffix}"] = got["ratio"]
+        label = f"{str(dtype).removeprefix('torch.')}, {'its default (jitter)' if jitter else 'jitter off'}"
+        numbers = (f"{got['ours_ms']:.2f}", f"{got['pysaliency_ms']:.1f}", f"{got['ratio']:.1f}")
+        rows.append(f"| {label} | {' | '.join(numbers)} | {got['largest_difference']:.1e} |")
+    head = "| Maps, pysaliency's AUC-Judd | ours, ms an image | pysaliency, ms an image | ratio | largest difference |"
+    table = "\n".join([head, "|---|---|---|---|---|", *rows])
+    notes = (
+        f"All of {', '.join(NAMES)} on {options.images} OSIE images at 800x600 (map of 7 observers against all 15, sigma "
+        "24 px). pysaliency runs through its public models with the maps in its cache; both sides use one CPU thread; "
+        f"median of {options.pairs} alternating pairs. AUC-Borji is the exact expectation (pysaliency's uniform "
+        "non-fixations). pysaliency's AUC-Judd adds random jitter by default; without it, it gives the exact value that "
+        "we give. EMD and Spearman are left out: pysaliency has neither. The difference is that of the mean over images, "
+        "largest of the eight metrics."
+    )
+    title = "Saliency metrics against pysaliency"
+    report("metrics", figures=figures, environment=environment(), title=title, notes=notes, table=table)
+
+
+if __name__ == "__main__":
+    main()

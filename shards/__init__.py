@@ -1,0 +1,1 @@
+"""Data on disk: sources, packing, index, order, reading, decoding, verifying."""

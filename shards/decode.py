@@ -1,0 +1,243 @@
+"""From encoded bytes to pixels: libjpeg-turbo for ordinary JPEGs, Pillow for everything out of the ordinary.
+
+The header is read before anything is decoded: size, number of components and orientation decide the door, and an image
+whose header promises too many pixels is refused before a buffer for it exists.
+"""
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 1 << 27
+MAX_MAP_SIDE = 4096
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_EXIF = b"Exif\0\0"
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSED = (5, 6, 7, 8)
+# Start-of-frame markers; C4, C8 and CC share the range but mean tables and extensions.
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_FAST_FRAMES = frozenset((0xC0, 0xC1, 0xC2))
+# What each EXIF orientation asks for, as `PIL.ImageOps.exif_transpose` does it.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PILLOW_FAULTS = (
+    OSError, SyntaxError, TypeError, LookupError, EOFError, ArithmeticError, AttributeError, RuntimeError, MemoryError,
+    struct.error, zlib.error,
+)  # fmt: skip
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+
+
+@dataclass(frozen=True, slots=True)
+class JpegHeader:
+    """What a JPEG says about itself: stored size in pixels, frame marker, components, EXIF orientation (1 to 8)."""
+
+    height: int
+    width: int
+    frame: int
+    components: int
+    orientation: int
+
+    @property
+    def fast(self) -> bool:
+        """Whether libjpeg-turbo alone gives the right upright RGB image."""
+        return self.components in (1, 3) and self.orientation == 1 and self.frame in _FAST_FRAMES
+
+
+def jpeg_header(data: bytes) -> JpegHeader:
+    """Walk the markers up to the frame header.
+
+    Raises:
+        ValueError: not a JPEG, or the header is damaged or missing.
+    """
+    if data[:2] != b"\xff\xd8":
+        raise ValueError("not a JPEG")
+    position, orientation, end = 2, 1, len(data)
+    while position + 4 <= end:
+        if data[position] != 0xFF:
+            raise ValueError(f"damaged JPEG header at byte {position}")
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill bytes before a marker
+            position += 1
+            continue
+        length = (data[position + 2] << 8) | data[position + 3]
+        if marker in _FRAMES:
+            if position + 10 > end:
+                break
+            height, width, components = struct.unpack_from(">HHB", data, position + 5)
+            return JpegHeader(height, width, marker, components, orientation)
+        if length < 2 or marker in (0xD9, 0xDA):
+            raise ValueError("damaged JPEG header: image data before the frame header")
+        if marker == 0xE1 and data[position + 4 : position + 10] == _EXIF:
+            orientation = _exif_orientation(data[position + 10 : position + 2 + length])
+        position += 2 + length
+    raise ValueError("JPEG cut short before its frame header")
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    """Orientation from an EXIF block; 1 (upright) where it is absent or damaged."""
+    try:
+        order = {b"II": "<", b"MM": ">"}[tiff[:2]]
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        for entry in range(min(count, 512)):
+            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * entry)
+            if tag == _ORIENTATION_TAG and kind == 3:
+                return value if 1 <= value <= 8 else 1
+    except (KeyError, struct.error):
+        pass
+    return 1
+
+
+def file_extension(data: bytes) -> str | None:
+    """`jpg` or `png` by content, whatever the file is called; None for other formats."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    return "png" if data[:8] == PNG_SIGNATURE else None
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Upright (height, width) in pixels, from the header alone.
+
+    Raises:
+        ValueError: no image, a damaged header, no pixels, or more than `MAX_PIXELS`.
+    """
+    if data[:2] == b"\xff\xd8":
+        header = jpeg_header(data)
+        height, width, orientation = header.height, header.width, header.orientation
+    elif data[:8] == PNG_SIGNATURE:
+        height, width, orientation = _png_header(data)
+    else:
+        with _faults(), _open(data) as image:
+            width, height = image.size
+            orientation = _orientation(data, image)
+    return _check_size(*((width, height) if orientation in _TRANSPOSED else (height, width)))
+
+
+def _png_header(data: bytes) -> tuple[int, int, int]:
+    """Stored height, width and orientation. Chunks are walked by their lengths: Pillow would decode to find EXIF."""
+    if len(data) < 33 or data[12:16] != b"IHDR":
+        raise ValueError("PNG cut short before its header")
+    width, height = struct.unpack_from(">II", data, 16)
+    position = 8
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        if data[position + 4 : position + 8] == b"eXIf":
+            return height, width, _exif_orientation(data[position + 8 : position + 8 + length])
+        position += 12 + length
+    return height, width, 1
+
+
+def _check_size(height: int, width: int) -> tuple[int, int]:
+    if height < 1 or width < 1:
+        raise ValueError(f"image of {width}x{height} pixels")
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"image of {width}x{height} pixels is more than the limit of {MAX_PIXELS}")
+    return height, width
+
+
+def decode_rgb(data: bytes, *, min_size: tuple[int, int] | None = None) -> np.ndarray:
+    """Upright RGB pixels, `(height, width, 3)` uint8.
+
+    Args:
+        min_size: the caller needs no more than this (height, width): ordinary JPEGs are then decoded at the smallest
+            of libjpeg-turbo's scales (eighths) that is at least as large. Other files come in full size.
+
+    Raises:
+        ValueError: damaged, cut short, too large, or no image at all; the message says which.
+    """
+    if data[:2] == b"\xff\xd8":
+        header = jpeg_header(data)
+        _check_size(header.height, header.width)
+        if header.fast:
+            min_height, min_width = min_size or (0, 0)
+            try:
+                return simplejpeg.decode_jpeg(data, min_height=min_height, min_width=min_width)
+            except ValueError:
+                # Also raised for harmless oddities (stray bytes between markers) that the slow door reads well.
+                return _decode_slowly(data)
+    return _decode_slowly(data)
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """Pillow's many ways to say that a file is damaged, as one."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        # Its own text holds a memory address, and reasons end up in files that must be the same every time.
+        raise ValueError("not an image of a known format") from error
+    except (*_PILLOW_FAULTS, Image.DecompressionBombError) as error:
+        raise ValueError(f"damaged image: {str(error)[:100]}") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise ValueError("empty file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large images; the limit here is an error
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+
+def _decode_slowly(data: bytes) -> np.ndarray:
+    if data[:8] == PNG_SIGNATURE:
+        image_size(data)
+    with _faults(), _open(data) as image:
+        _check_size(image.height, image.width)
+        orientation = _orientation(data, image)
+        image.load()
+        upright = image.transpose(_TURNS[orientation]) if orientation > 1 else image
+        if upright.mode in ("LA", "PA") or (upright.mode == "P" and "transparency" in upright.info):
+            upright = upright.convert("RGBA")
+        if upright.mode.startswith("I"):
+            return _sixteen_bit(upright)
+        return np.asarray(upright.convert("RGB"))
+
+
+def _orientation(data: bytes, image: Image.Image) -> int:
+    """EXIF orientation, read the same way as for the size, so that both always agree."""
+    if image.format == "JPEG":
+        return jpeg_header(data).orientation
+    if image.format == "PNG":
+        return _png_header(data)[2]
+    if image.format == "TIFF":
+        return 1  # Pillow itself turns TIFFs upright
+    value = image.getexif().get(_ORIENTATION_TAG, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _sixteen_bit(image: Image.Image) -> np.ndarray:
+    """16-bit grey to 8-bit RGB by dropping the low byte; Pillow's own conversion would clip at 255."""
+    grey = (np.clip(np.asarray(image), 0, 65535).astype(np.uint32) >> 8).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def decode_map_png(data: bytes) -> np.ndarray:
+    """Codes of a stored label map, `(height, width)` uint8.
+
+    Raises:
+        ValueError: no PNG, damaged, or with a side of more than `MAX_MAP_SIDE`.
+    """
+    width, height = struct.unpack_from(">II", data.ljust(24, b"\0"), 16)
+    if data[:8] != PNG_SIGNATURE or not (0 < width <= MAX_MAP_SIDE and 0 < height <= MAX_MAP_SIDE):
+        raise ValueError("no PNG of a sensible size")
+    codes = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_GRAYSCALE)
+    if codes is None:
+        raise ValueError("damaged PNG")
+    return codes

@@ -1,0 +1,142 @@
+"""Label sets: one label shard beside each image shard, in a folder of their own.
+
+Any number of processes may write any shards of one set at the same time: a shard is put in place once, under its name,
+and whoever comes second keeps the first one's bytes. When every shard is there, `seal_labels` writes the manifest.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from attention.maps import encode_map_np
+from engine.errors import InputError
+from shards.index import IndexFault, read_index
+from shards.manifest import Manifest, ShardRecord, make_manifest, write_manifest
+from shards.reader import ShardSet
+from shards.tar import TarError
+from shards.writer import ShardWriter, index_path, is_complete, record_of
+
+MAP = "map.png"
+ENCODING = "sqrt8"
+
+
+def label_directory(root: Path | str, teacher_hash: str) -> Path:
+    """Folder of the labels that one teacher wrote: `root` / the first 16 digits of the teacher's checkpoint hash.
+
+    Raises:
+        InputError: the hash is not hexadecimal or too short.
+    """
+    if not re.fullmatch(r"[0-9a-f]{16,}", teacher_hash):
+        raise InputError(f"teacher hash {teacher_hash[:40]!r}: at least 16 lower-case hexadecimal digits are needed")
+    return Path(root) / teacher_hash[:16]
+
+
+def encode_label(density: np.ndarray) -> bytes:
+    """PNG bytes of one map `(height, width)`, non-negative: 8 bits, square-root companded."""
+    return _png(encode_map_np(np.asarray(density)))
+
+
+def _png(codes: np.ndarray) -> bytes:
+    written, data = cv2.imencode(".png", codes, [cv2.IMWRITE_PNG_COMPRESSION, 9])
+    if not written:
+        raise ValueError(f"map of shape {codes.shape} and type {codes.dtype} cannot be written as PNG")
+    return data.tobytes()
+
+
+def label_shard_path(directory: Path | str, images: ShardSet, shard: int) -> Path:
+    """Tar of the labels of one image shard."""
+    return Path(directory) / images.manifest.files[shard]
+
+
+def labels_complete(directory: Path | str, images: ShardSet, shard: int) -> bool:
+    """Whether the labels of this image shard are already written."""
+    return is_complete(label_shard_path(directory, images, shard))
+
+
+def write_label_shard(
+    directory: Path | str, images: ShardSet, shard: int, maps: Iterable[tuple[str, bytes]]
+) -> ShardRecord:
+    """Write the labels of one image shard; safe against other processes writing the same one.
+
+    Args:
+        maps: (key, PNG bytes from `encode_label`) in any order. An image that is left out (because it cannot be
+            decoded) keeps a row without map, so rows match the image shard.
+
+    Returns:
+        The record of the shard as it is on disk: another process's where that came first.
+
+    Raises:
+        InputError: a key that is not in the image shard or comes twice, or an unusable older file in the way.
+    """
+    path = label_shard_path(directory, images, shard)
+    keys = stored_keys(images, shard)
+    given: dict[str, bytes] = {}
+    for key, data in maps:
+        if key in given:
+            raise InputError(f"{path}: two label maps for key {key[:80]!r}: give one for each image")
+        given[key] = data
+    unknown = given.keys() - set(keys)
+    if unknown:
+        raise InputError(f"{path}: a label for {min(unknown)[:80]!r}, which is not in that image shard")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_complete(path):
+        return record_of(path)
+    try:
+        with ShardWriter(path, kind="labels") as writer:
+            for key in keys:
+                writer.add(key, {MAP: given[key]} if key in given else {})
+            return writer.close()
+    except TarError as error:
+        raise InputError(f"{path}: an unusable file is in the way ({error}): delete it and label again") from error
+
+
+def seal_labels(
+    directory: Path | str, images: ShardSet, *, teacher: dict[str, Any], settings: dict[str, Any]
+) -> Manifest:
+    """Write the manifest of a label set whose shards are all complete. Sealing again gives the same bytes.
+
+    Args:
+        teacher: at least `hash`; kept as it is.
+        settings: at least `size` [height, width]; kept as it is, with the encoding added.
+
+    Raises:
+        InputError: shards are missing or damaged, or hold other keys than the images.
+    """
+    directory = Path(directory)
+    count = images.manifest.num_shards
+    missing = [shard for shard in range(count) if not labels_complete(directory, images, shard)]
+    if missing:
+        raise InputError(
+            f"{directory}: {len(missing)} of {count} label shards are missing, the first is "
+            f"{images.manifest.files[missing[0]]}: run the labelling again, it writes only those"
+        )
+    try:
+        records = [record_of(label_shard_path(directory, images, shard)) for shard in range(count)]
+    except IndexFault as error:
+        raise InputError(f"{directory}: {error}: delete that shard's files and label again") from error
+    manifest = make_manifest(
+        records,
+        kind="labels",
+        name=images.manifest.name,
+        images={"digest": images.manifest.digest, "name": images.manifest.name},
+        teacher=teacher,
+        settings={"encoding": ENCODING} | settings,
+    )
+    for shard, record in enumerate(records):
+        if record.keys_digest != images.manifest.hash_of(shard, "keys_digest"):
+            raise InputError(f"{directory}/{record.file}: holds other keys than the image shard: label it again")
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def stored_keys(images: ShardSet, shard: int) -> list[str]:
+    """All keys of an image shard, quarantined ones included: label rows follow the rows on disk."""
+    path = images.root / images.manifest.files[shard]
+    try:
+        return read_index(index_path(path), sha256=images.manifest.hash_of(shard, "index_sha256")).keys()
+    except IndexFault as error:
+        raise InputError(f"{path}: {error}: run python shards/verify.py {images.root}") from error

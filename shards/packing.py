@@ -1,0 +1,225 @@
+"""The processes that write shards for `shards/pack.py`, and the lock on the folder they write to."""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+
+from engine.errors import InputError
+from engine.files import write_json
+from engine.progress import ProgressBar
+from shards.index import IndexFault, read_index
+from shards.manifest import FILE_NAME, ShardRecord
+from shards.payload import make_members
+from shards.plan import Plan
+from shards.sources.base import Source
+from shards.writer import ShardWriter, index_path, record_of, remove_temporaries, shard_name
+
+WORK_FOLDER = ".packing"
+POLL_S = 0.1
+LOCK_WAIT_S = 5.0
+
+Skipped = list[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every packing process needs; handed over once, when it starts."""
+
+    source: Source
+    plan: Plan
+    output: Path
+    options: dict[str, Any]
+
+
+class _Worker:
+    """Holds the job in a packing process."""
+
+    job: Job
+    count: Any
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def exclusive(output: Path, plan_digest: str) -> Iterator[None]:
+    """Own `output` while packing: one pack at a time, and only of the plan it was begun with.
+
+    The lock is inherited by the packing processes, so it stays held until the last process of a killed pack is gone.
+
+    Raises:
+        InputError: the folder holds something else, another plan's unfinished pack, or is in use.
+    """
+    work = output / WORK_FOLDER
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: is a file: give a folder as --output")
+    if output.exists() and any(output.iterdir()) and not work.is_dir():
+        raise InputError(f"{output}: is not empty and holds no unfinished pack: choose another --output")
+    new = not output.exists() or not any(output.iterdir())
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        _take(lock.fileno(), output)
+        _claim(work / "plan.json", plan_digest, output)
+        remove_temporaries(output)
+        try:
+            yield
+        except InputError:
+            # Bad input leaves nothing half-written; what an earlier run left stays, for the right command to go on.
+            if new:
+                shutil.rmtree(output, ignore_errors=True)
+            raise
+        if (output / FILE_NAME).exists():
+            shutil.rmtree(work)
+
+
+def _take(descriptor: int, output: Path) -> None:
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise InputError(f"{output}: another process is packing into it: wait for it to end") from error
+            time.sleep(POLL_S)
+
+
+def _claim(path: Path, plan_digest: str, output: Path) -> None:
+    try:
+        known = json.loads(path.read_bytes())["plan"]
+    except FileNotFoundError:
+        write_json(path, {"plan": plan_digest})
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: unreadable: delete the folder {output} and pack again") from error
+    if known != plan_digest:
+        raise InputError(
+            f"{output}: holds an unfinished pack of other images or options: give the same ones to go on, choose "
+            "another --output, or delete that folder"
+        )
+
+
+def write_shards(job: Job, *, workers: int, max_bad: int) -> tuple[list[ShardRecord], Skipped]:
+    """Write the shards that are missing; records and left-out images of all, in order.
+
+    Args:
+        max_bad: unusable images that may be left out.
+
+    Raises:
+        InputError: more unusable images than that.
+    """
+    found = {number: done for number in range(len(job.plan.shards)) if (done := _complete(job, number)) is not None}
+    missing = [number for number in range(len(job.plan.shards)) if number not in found]
+    with ProgressBar(job.plan.num_items, "packing") as bar:
+        bar.update(job.plan.num_items - sum(len(job.plan.shards[number]) for number in missing))
+        if missing:
+            found |= _run(job, missing, workers=min(workers, len(missing)), bar=bar, max_bad=max_bad, found=found)
+    skipped = [entry for number in sorted(found) for entry in found[number][1]]
+    _refuse(skipped, job, max_bad=max_bad)
+    return [found[number][0] for number in sorted(found)], skipped
+
+
+def _refuse(skipped: Skipped, job: Job, *, max_bad: int) -> None:
+    if len(skipped) > max_bad:
+        name, reason = skipped[0]
+        raise InputError(
+            f"{len(skipped)} of {job.plan.num_items} images cannot be used, at most {max_bad} may be left out; the "
+            f"first is {name!r} ({reason}): repair or remove them, or raise --max_bad_fraction"
+        )
+    if len(skipped) == job.plan.num_items:
+        raise InputError(f"none of the {job.plan.num_items} images can be used, the first is {skipped[0][0]!r}")
+
+
+def _run(
+    job: Job, missing: list[int], *, workers: int, bar: ProgressBar, max_bad: int, found: dict[int, Any]
+) -> dict[int, tuple[ShardRecord, Skipped]]:
+    # Forked, not spawned: the job is then inherited without a copy, however many images it lists.
+    context = multiprocessing.get_context("fork")
+    count = context.Value("q", 0)
+    results: dict[int, tuple[ShardRecord, Skipped]] = {}
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(job, count)) as pool:
+        waiting: dict[Future[tuple[ShardRecord, Skipped]], int] = {pool.submit(_write, n): n for n in missing}
+        seen = 0
+        try:
+            while waiting:
+                wait(waiting, timeout=POLL_S, return_when=FIRST_EXCEPTION)
+                for future in [future for future in waiting if future.done()]:
+                    results[waiting.pop(future)] = future.result()
+                _refuse([entry for part in (found | results).values() for entry in part[1]], job, max_bad=max_bad)
+                bar.update(count.value - seen)
+                seen = count.value
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return results
+
+
+def _complete(job: Job, number: int) -> tuple[ShardRecord, Skipped] | None:
+    """A shard that an earlier run finished; None when it has to be written, with what is in the way removed."""
+    path = job.output / shard_name(number)
+    try:
+        index = read_index(index_path(path))
+        if path.stat().st_size == index.num_bytes:
+            return record_of(path), list(index.skipped)
+    except (IndexFault, OSError):
+        pass
+    index_path(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _start(job: Job, count: Any) -> None:
+    """First thing in every packing process."""
+    cv2.setNumThreads(0)
+    _Worker.job, _Worker.count = job, count
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """A killed parent cannot stop its processes: they look for it and leave, so that the lock is freed."""
+    while os.getppid() == parent:
+        time.sleep(POLL_S)
+    os._exit(1)
+
+
+def _write(number: int) -> tuple[ShardRecord, Skipped]:
+    """Write one shard; unusable images are left out and named in its index."""
+    job = _Worker.job
+    tell = _counter(_Worker.count)
+    with ShardWriter(job.output / shard_name(number)) as writer:
+        for item in job.plan.shards[number]:
+            try:
+                members = make_members(job.source, item, **job.options)
+            except (ValueError, OSError) as error:
+                name = item.name.encode("utf-8", "backslashreplace").decode()
+                # Only the reason: a full message may name the folder, and packs must not depend on where they run.
+                writer.skipped.append((name, _reason(error)))
+            else:
+                writer.add(item.key, members, label=item.label)
+            tell()
+        return writer.close(), list(writer.skipped)
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)[:200]
+
+
+def _counter(count: Any) -> Callable[[], None]:
+    def tell() -> None:
+        with count.get_lock():
+            count.value += 1
+
+    return tell

@@ -1,0 +1,1 @@
+"""Where images and gaze come from: one small module per public layout."""

@@ -1,0 +1,205 @@
+"""Check shard sets against their manifests: `python shards/verify.py DIRECTORY`.
+
+Counts, hashes, decodability, and for label sets agreement with the images. Exit code 2 on any fault. `--repair`
+rebuilds indices that can be rebuilt and writes the samples that cannot be used into a list that readers respect.
+"""
+
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jsonargparse.typing import NonNegativeInt
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from engine.errors import InputError
+from engine.program import run_program
+from engine.progress import ProgressBar
+from shards.manifest import FILE_NAME, Manifest, check_labels, read_manifest
+from shards.packing import available_cores
+from shards.quarantine import BadEntry, read_quarantine, write_quarantine
+from shards.verifying import ShardReport, check_shard, rebuild_index
+
+MAX_LINES = 20
+
+
+@dataclass
+class VerifyConfig:
+    """Options of `shards/verify.py`."""
+
+    path: str = ""
+    """Folder of a set, or a folder that holds sets; may be given without --path as the first argument."""
+    images: str = ""
+    """For label sets: the folder of the images they belong to. Image sets found under `path` are tried on their own."""
+    decode: bool = True
+    """Decode every image; without, only headers and checksums are checked."""
+    repair: bool = False
+    """Rebuild lost indices and write unusable samples into quarantine.json beside the manifest."""
+    workers: NonNegativeInt = 0
+    """Processes; 0 takes one per available core."""
+
+
+@dataclass(slots=True)
+class SetReport:
+    """What was found in one set; `known` counts samples that were quarantined before, which are no fault."""
+
+    root: Path
+    manifest: Manifest
+    shards: list[ShardReport]
+    faults: list[str]
+    known: int = 0
+
+    @property
+    def bad(self) -> list[BadEntry]:
+        """Unusable samples that are not quarantined."""
+        return [BadEntry(s.shard, row, *s.bad[row]) for s in self.shards for row in sorted(s.bad)]
+
+    @property
+    def num_faults(self) -> int:
+        """Faults of the set, its shards and its samples."""
+        return len(self.faults) + sum(len(shard.faults) + len(shard.bad) for shard in self.shards)
+
+
+def main(config: VerifyConfig) -> None:
+    """Verify, print the table, and fail on any fault."""
+    roots = _find_sets(config)
+    manifests = {root: read_manifest(root) for root in roots}
+    images = {m.digest: m for m in manifests.values() if m.kind == "images"}
+    if config.images:
+        given = read_manifest(config.images, kind="images")
+        images[given.digest] = given
+    total = sum(manifest.num_samples for manifest in manifests.values())
+    with ProgressBar(total, "verifying") as bar:
+        reports = [_verify(root, manifest, images, config, bar) for root, manifest in manifests.items()]
+    _print(reports)
+    left = sum(_repair(report) if config.repair else report.num_faults for report in reports)
+    if left:
+        hint = "pack those shards again" if config.repair else "--repair leaves unusable samples out, or pack again"
+        raise InputError(f"{config.path}: {left} faults, listed above: {hint}")
+
+
+def check(config: VerifyConfig) -> list[str]:
+    """What `--check` prints: the sets that would be verified."""
+    return [f"{root}: {read_manifest(root).num_samples} samples" for root in _find_sets(config)]
+
+
+def _find_sets(config: VerifyConfig) -> list[Path]:
+    if not config.path:
+        raise InputError("path: no folder given: python shards/verify.py DIRECTORY")
+    root = Path(config.path)
+    if (root / FILE_NAME).exists() or not root.is_dir():
+        return [root]  # a path that is no folder is refused when its manifest is read
+    found = sorted({path.parent for pattern in (FILE_NAME, "shard-*.tar") for path in root.rglob(pattern)})
+    return found or [root]
+
+
+def _verify(
+    root: Path, manifest: Manifest, images: dict[str, Manifest], config: VerifyConfig, bar: ProgressBar
+) -> SetReport:
+    work = partial(check_shard, root, manifest, decode=config.decode)
+    context = multiprocessing.get_context("fork")
+    workers = max(1, min(config.workers or available_cores(), manifest.num_shards))
+    shards = []
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
+        for report in pool.map(work, range(manifest.num_shards)):
+            shards.append(report)
+            bar.update(report.num_samples)
+    result = SetReport(root, manifest, shards, [])
+    _forgive_quarantined(result)
+    hashes = np.concatenate([np.zeros(0, dtype=np.uint64), *[report.key_hashes for report in shards]])
+    repeated = len(hashes) - len(np.unique(hashes))
+    if repeated:
+        result.faults.append(f"{repeated} keys occur more than once")
+    strays = {path.name for path in root.glob("*.tar")} - set(manifest.files)
+    result.faults += [f"{name} is not in the manifest" for name in sorted(strays)[:MAX_LINES]]
+    if manifest.kind == "labels":
+        result.faults += _label_faults(root, manifest, images)
+    return result
+
+
+def _forgive_quarantined(report: SetReport) -> None:
+    """Samples that are already left out are no fault, nor are the changed bytes of their shard."""
+    known = {(entry.shard, entry.row) for entry in read_quarantine(report.root, report.manifest)}
+    report.known = len(known)
+    for shard in report.shards:
+        here = {row for number, row in known if number == shard.shard}
+        if here:
+            shard.bad = {row: reason for row, reason in shard.bad.items() if row not in here}
+            shard.faults = []
+
+
+def _label_faults(root: Path, manifest: Manifest, images: dict[str, Manifest]) -> list[str]:
+    named = manifest.extra.get("images")
+    digest = named.get("digest") if isinstance(named, dict) else None
+    if digest not in images:
+        return [f"its images ({str(digest)[:12]}) are not at hand: give their folder with --images"]
+    try:
+        check_labels(root, manifest, images[digest])
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
+def _repair(report: SetReport) -> int:
+    """Repair what can be repaired. Returns the faults that are left."""
+    left = len(report.faults)
+    for shard in report.shards:
+        whole = shard.faults and len(shard.bad) == shard.num_samples
+        if whole and rebuild_index(report.root, report.manifest, shard.shard):
+            again = check_shard(report.root, report.manifest, shard.shard, decode=True)
+            shard.faults, shard.bad = again.faults, again.bad
+        left += len(shard.faults) if not shard.bad else 0
+    if report.bad:
+        old = read_quarantine(report.root, report.manifest)
+        write_quarantine(report.root, report.manifest, old + report.bad)
+        sys.stdout.write(f"{report.root}: {len(report.bad)} samples added to quarantine.json\n")
+    return left
+
+
+def _print(reports: list[SetReport]) -> None:
+    table = Table("set", "kind", "shards", "samples", "unusable", "left out", "MB", "state")
+    for report in reports:
+        manifest = report.manifest
+        table.add_row(
+            escape(str(report.root)),
+            manifest.kind,
+            str(manifest.num_shards),
+            str(manifest.num_samples),
+            str(len(report.bad)),
+            str(report.known),
+            f"{manifest.num_bytes / 1e6:.1f}",
+            f"{report.num_faults} faults" if report.num_faults else "good",
+        )
+    lines = [f"{report.root}: {fault}" for report in reports for fault in report.faults]
+    for report in reports:
+        for shard in report.shards:
+            name = f"{report.root / report.manifest.files[shard.shard]}"
+            lines += [f"{name}: {fault}" for fault in shard.faults]
+            lines += [f"{name}: row {row} {key[:80]!r}: {reason}" for row, (key, reason) in sorted(shard.bad.items())]
+    width = None if sys.stdout.isatty() else max(160, 80 + max(len(str(report.root)) for report in reports))
+    console = Console(file=sys.stdout, width=width)
+    console.print(table)
+    for kind in ("images", "labels"):
+        chosen = [report.manifest.num_samples for report in reports if report.manifest.kind == kind]
+        if chosen:
+            sys.stdout.write(f"{kind}: {sum(chosen)} samples in {len(chosen)} sets\n")
+    for line in lines[:MAX_LINES]:
+        sys.stdout.write(line + "\n")
+    if len(lines) > MAX_LINES:
+        sys.stdout.write(f"... and {len(lines) - MAX_LINES} more\n")
+
+
+def _folder_first(arguments: list[str]) -> list[str]:
+    """Let the folder be given as a bare first argument."""
+    return ["--path", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = _folder_first(sys.argv[1:])
+    run_program(main, VerifyConfig, description="Check shard sets against their manifests.", check=check)

@@ -1,0 +1,322 @@
+"""Puts a teacher's training together from its config, and checks it without training."""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attention.losses import weighted_loss
+from engine.errors import InputError
+from engine.launch import build_accelerator, configure_deepspeed, local_batch_size
+from engine.loop import Training, fit
+from engine.optim import build_optimizer, build_schedule
+from engine.program import config_to_dict
+from engine.progress import report
+from engine.ranks import Ranks
+from engine.runs import RunFolder, check_run_name
+from engine.tracking import Tracker
+from shards.gaze import METRICS, centre_bias_scores, check_gaze, gaze_sigma, load_targets
+from shards.reader import ShardSet
+from teacher.config import Config
+from teacher.data import GazeBatch, GazeDataset, training_batches
+from teacher.model import SaliencyModel
+from teacher.pretrained import load_pretrained
+from teacher.saved import read_facts
+from teacher.validation import EarlyStop, Validation
+
+# What may differ between two parts of one run: it changes how fast the same result is reached, not the result.
+FREE_KEYS = frozenset({"loop", "runs", "data.train", "data.val"})
+
+
+class Teacher(nn.Module):
+    """The model that is trained and, with a decay above 0, its moving average beside it.
+
+    Both are in one module, so that checkpoints hold both.
+    """
+
+    def __init__(self, model: SaliencyModel, *, decay: float) -> None:
+        super().__init__()
+        self.model, self.decay = model, decay
+        self.average = copy.deepcopy(model).requires_grad_(False) if decay > 0 else None
+
+    @property
+    def chosen(self) -> SaliencyModel:
+        """The model that is validated and kept."""
+        return self.model if self.average is None else self.average
+
+    @property
+    def chosen_prefix(self) -> str:
+        """What the names of `chosen`'s weights begin with in this module's state."""
+        return "model." if self.average is None else "average."
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See `SaliencyModel.forward`."""
+        return self.model(images)
+
+    @torch.no_grad()
+    def update_average(self, step: int) -> None:
+        """Move the average towards the weights after `step` steps; early on it follows faster."""
+        assert self.average is not None
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            mean.lerp_(value.to(mean.dtype), 1 - decay)
+        for kept, latest in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            kept.copy_(latest)
+
+
+@dataclass
+class GazeObjective:
+    """Computes the loss of a batch; called by the training loop once per step."""
+
+    module: nn.Module
+    config: Config
+    device: torch.device
+
+    def __call__(self, batch: GazeBatch, *, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and named terms of this rank's `batch`; an image without fixations counts 0."""
+        batch = batch.to(self.device)
+        weights = {name: getattr(self.config.loss, name) for name in ("kld", "nss", "cc")}
+        counts = batch.counts if self.config.loss.nss_on == "fixations" else None
+        loss, terms = weighted_loss(
+            self.module(batch.images), batch.maps, weights=weights, nss_map=counts, mask=batch.valid
+        )
+        # the mean over the images kept, times their share: ranks need not exchange counts
+        return loss * batch.valid.float().mean(), terms
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers that follow from config, data and launcher; computed, never written back."""
+
+    total_steps: int
+    steps_per_epoch: float
+    local_batch: int
+    validate_every: int
+
+
+def make_plan(config: Config, *, num_samples: int, world_size: int) -> Plan:
+    """Steps of the run and the batch of one rank.
+
+    Raises:
+        InputError: the ranks do not divide the batch, the batch exceeds the set, or there is not one whole step.
+    """
+    batch = config.data.batch_size
+    local = local_batch_size(batch, world_size=world_size)
+    if batch > num_samples:
+        raise InputError(f"data.batch_size {batch} is more than the {num_samples} samples in {config.data.train}")
+    per_epoch = num_samples / batch
+    total = config.max_steps or math.floor(config.epochs * per_epoch)
+    if total < 1:
+        raise InputError(f"epochs {config.epochs} is less than one step of {batch} images: raise it")
+    # rounded up, so that the last step is not validated right after an epoch that ends a fraction of a step before it
+    return Plan(total, per_epoch, local, math.ceil(config.validate_every * per_epoch))
+
+
+def open_data(config: Config) -> tuple[ShardSet, ShardSet]:
+    """Training and validation sets.
+
+    Raises:
+        InputError: missing or empty shards, no gaze in them, the two of different editions, or settings that
+            learn nothing.
+    """
+    if not (config.loss.kld or config.loss.nss or config.loss.cc):
+        raise InputError("loss: kld, nss and cc are all 0, so there is nothing to learn: set one above 0")
+    if config.ema == 1:
+        raise InputError("ema 1.0 would keep the first random weights for ever: take e.g. 0.999, or 0 for no average")
+    train, val = ShardSet(config.data.train), ShardSet(config.data.val)
+    for shards in (train, val):
+        check_gaze(shards)
+    editions = [shards.manifest.extra["gaze"].get("edition") for shards in (train, val)]
+    if editions[0] != editions[1]:
+        raise InputError(
+            f"{val.root} holds gaze of edition {editions[1]!r}, {train.root} of {editions[0]!r}: validate on the "
+            f"edition that is trained on"
+        )
+    return train, val
+
+
+def build_teacher(config: Config) -> Teacher:
+    """The model from random or given weights, in channels-last order, as images come."""
+    model = SaliencyModel(config.model, image_size=config.data.image_size)
+    if config.model.pretrained is not None:
+        load_pretrained(model, config.model)
+    return Teacher(model, decay=config.ema).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def check(config: Config) -> list[str]:
+    """Validate a run without training it: config, shards, gaze, model, launcher."""
+    check_run_name(config.run)
+    accelerator = build_accelerator(precision=config.precision, seed=config.seed)
+    train, val = open_data(config)
+    plan = make_plan(config, num_samples=train.num_samples, world_size=accelerator.num_processes)
+    teacher = build_teacher(config)
+    counts = [sum(t.num_inside for t in load_targets(shards)) for shards in (train, val)]
+    (height, width), grid = config.data.image_size, teacher.model.grid
+    return [
+        f"launcher: {accelerator.num_processes} rank(s), {accelerator.distributed_type.value}, on {accelerator.device}",
+        f"train: {config.data.train}, {train.num_samples} images, {counts[0]} fixations",
+        f"val: {config.data.val}, {val.num_samples} images, {counts[1]} fixations",
+        f"run: {plan.total_steps} steps of {config.data.batch_size} images ({plan.local_batch} a rank), a validation "
+        f"every {plan.validate_every}",
+        f"model: {config.model.backbone}, {sum(p.numel() for p in teacher.model.parameters()) / 1e6:.1f} M parameters, "
+        f"{height}x{width} images to {grid[0]}x{grid[1]} maps",
+    ]
+
+
+def train(config: Config) -> RunFolder:
+    """Train, or go on with, the run that `config` names; keep its best teacher and write its summary.
+
+    Raises:
+        InputError: anything wrong with config, data, launcher or run folder, before a step is made.
+        Requeue: stopped on request with a checkpoint.
+    """
+    check_run_name(config.run)
+    accelerator = build_accelerator(precision=config.precision, seed=config.seed)
+    ranks = Ranks()
+    train_set, val_set = open_data(config)
+    plan = make_plan(config, num_samples=train_set.num_samples, world_size=ranks.world_size)
+    teacher = build_teacher(config)
+    run = RunFolder(config.runs / config.run)
+    resolved = config_to_dict(config)
+    ranks.on_main(lambda: run.claim(resolved, free=FREE_KEYS))
+    training = _prepare(config, teacher, plan=plan, run=run, ranks=ranks, accelerator=accelerator)
+    training.identity = {"train": train_set.digest, "val": val_set.digest}
+    with training:
+        start = training.resume()
+        validation = Validation(training, config, val_set, train_digest=train_set.digest)
+        if "stopped_after" not in training.extra:
+            _fit(training, config, teacher, plan=plan, start=start, shards=train_set, validation=validation)
+        _finish(training, validation)
+    return run
+
+
+def _prepare(
+    config: Config, teacher: Teacher, *, plan: Plan, run: RunFolder, ranks: Ranks, accelerator: Any
+) -> Training:
+    """Model and optimiser under the launcher, and all else that the loop needs."""
+    optimizer = build_optimizer(teacher, config.optim, accelerator=accelerator)
+    configure_deepspeed(accelerator, local_batch=plan.local_batch, clip_norm=config.optim.clip_norm)
+    module, prepared = accelerator.prepare(teacher, optimizer)
+    module.train()
+    tracker = None
+    if ranks.is_main:
+        resolved = config_to_dict(config)
+        tracker = Tracker(run, backend=config.loop.tracker, project=config.loop.project, config=resolved)
+    schedule = build_schedule(
+        config.optim,
+        batch_size=config.data.batch_size,
+        steps_per_epoch=plan.steps_per_epoch,
+        total_steps=plan.total_steps,
+    )
+    return Training(
+        accelerator=accelerator,
+        ranks=ranks,
+        run=run,
+        tracker=tracker,
+        module=module,
+        optimizer=prepared,
+        schedule=schedule,
+        config=config.loop,
+        total_steps=plan.total_steps,
+        batch_size=config.data.batch_size,
+        clip_norm=config.optim.clip_norm,
+        identity={},
+        extra={},
+        report=report if ranks.is_main else _silent,
+    )
+
+
+def _fit(
+    training: Training,
+    config: Config,
+    teacher: Teacher,
+    *,
+    plan: Plan,
+    start: int,
+    shards: ShardSet,
+    validation: Validation,
+) -> None:
+    dataset = GazeDataset(
+        shards,
+        size=config.data.image_size,
+        grid=teacher.model.grid,
+        sigma=config.data.sigma or gaze_sigma(shards),
+        augment=config.augment,
+        seed=config.seed,
+    )
+    batches = training_batches(
+        dataset,
+        batch_size=config.data.batch_size,
+        window=config.data.window,
+        rank=training.ranks.rank,
+        world_size=training.ranks.world_size,
+        start_step=start,
+        stop_step=plan.total_steps,
+        num_workers=config.loop.num_workers,
+    )
+    objective = GazeObjective(training.module, config, training.accelerator.device)
+    averaging = [(1, teacher.update_average)] if teacher.average is not None else []
+    counted = _counted(batches, training, start=start, max_fraction=config.data.max_bad_fraction)
+    try:
+        fit(training, counted, objective, start_step=start, hooks=[*averaging, (plan.validate_every, validation)])
+    except EarlyStop:
+        training.report(f"stopped early: {config.patience} validations without a better KLD")
+
+
+def _counted(
+    batches: Iterator[GazeBatch], training: Training, *, start: int, max_fraction: float
+) -> Iterator[GazeBatch]:
+    """Count bad samples over all ranks as the batches go by, so that all ranks stop together.
+
+    Raises:
+        InputError: more than `max_fraction` of the samples read were bad, and more than one.
+    """
+    extra = training.extra
+    extra.setdefault("num_bad", 0)
+    for step, batch in enumerate(batches, start=start):
+        if training.ranks.any(bool(batch.bad)):
+            reasons = [reason for part in training.ranks.gather(batch.bad) for reason in part]
+            for reason in reasons:
+                training.report(f"bad sample at step {step}: {reason}")
+            extra["num_bad"] += len(reasons)
+            num_read = (step + 1) * training.batch_size
+            if extra["num_bad"] > max(1, max_fraction * num_read):
+                raise InputError(
+                    f"{extra['num_bad']} of {num_read} samples could not be read (data.max_bad_fraction "
+                    f"{max_fraction}); the last: {reasons[-1]}; run shards/verify.py on the shards"
+                )
+        yield batch
+
+
+def _finish(training: Training, validation: Validation) -> None:
+    """Summary and table, from the teacher that is on disk."""
+    if not training.ranks.is_main:
+        return
+    facts = read_facts(training.run.path)
+    centre_bias = centre_bias_scores(list(validation.targets.values()), stride=validation.config.data.stride)
+    metrics = {f"attention/{name}": facts["metrics"][name] for name in (*METRICS, "num_images", "num_skipped")}
+    metrics |= {f"centre_bias/{metric}": centre_bias[metric] for metric in METRICS}
+    last = {k: v for line in training.run.metrics() for k, v in line.items() if k.startswith("train/")}
+    metrics |= last | {"data/num_bad": training.extra.get("num_bad", 0)}
+    step = training.extra.get("stopped_after", training.total_steps)
+    about = {"hash": facts["hash"], "step": facts["step"], "image_size": facts["image_size"]}
+    training.run.write_summary(metrics, step=step, teacher=about, data=training.identity)
+    for line in table({"teacher": facts["metrics"], "centre bias": centre_bias}):
+        training.report(line)
+    training.report(f"done: {step} steps, teacher {facts['hash'][:16]} of step {facts['step']} in {training.run.path}")
+
+
+def table(rows: dict[str, dict[str, float]]) -> list[str]:
+    """Lines of a table of scores, one row a model."""
+    width = max(len(name) for name in rows)
+    head = f"{'validation':{max(width, 10)}}" + "".join(f"{name:>10}" for name in METRICS)
+    body = [f"{name:{max(width, 10)}}" + "".join(f"{row[m]:>10.4f}" for m in METRICS) for name, row in rows.items()]
+    return [head, "-" * len(head), *body]
+
+
+def _silent(line: str) -> None:
+    return None

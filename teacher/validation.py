@@ -1,0 +1,102 @@
+"""Measuring a teacher on held-out gaze: every sample on exactly one rank, the best kept on disk."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.environment import environment
+from engine.loop import Training
+from shards.gaze import METRICS, GazeTarget, load_targets, mean_scores, score_each
+from shards.order import shard_rows_for_rank
+from shards.reader import ShardSet
+from teacher.config import Config
+from teacher.data import GazeDataset, make_loader
+from teacher.model import SaliencyModel
+from teacher.saved import save_teacher
+
+SOFTWARE = ("python", "torch", "timm", "numpy")
+
+
+class EarlyStop(Exception):
+    """The validation KLD has not become better for long enough; the checkpoint is written."""
+
+
+class Validation:
+    """Scores the teacher on the validation set and keeps the one with the lowest KLD in `runs/<name>/best/`.
+
+    Called by the training loop with the number of steps done, on every rank.
+    """
+
+    def __init__(self, training: Training, config: Config, shards: ShardSet, *, train_digest: str) -> None:
+        self.training, self.config, self.shards, self.train_digest = training, config, shards, train_digest
+        self.targets = {(t.shard, t.row): t for t in load_targets(shards, sigma=config.data.sigma)}
+        training.extra.setdefault("best_kld", None)
+        training.extra.setdefault("num_since_best", 0)
+
+    def __call__(self, step: int) -> None:
+        """Score, report, keep the best, and stop where patience is over."""
+        training, extra = self.training, self.training.extra
+        teacher = training.accelerator.unwrap_model(training.module)
+        means = self.score(teacher.chosen)
+        if training.ranks.is_main:
+            assert training.tracker is not None
+            training.tracker.log({f"val/{name}": value for name, value in means.items()}, step=step)
+            training.report(f"validation after step {step}: " + ", ".join(f"{n} {means[n]:.4f}" for n in METRICS))
+        # a KLD that is not a number is below nothing, and so never the best
+        if means["num_images"] and means["kld"] < (np.inf if extra["best_kld"] is None else extra["best_kld"]):
+            extra.update(best_kld=means["kld"], num_since_best=0)
+            self._keep(step, means, prefix=teacher.chosen_prefix)
+        else:
+            extra["num_since_best"] += 1
+        if 0 < self.config.patience <= extra["num_since_best"] and step < training.total_steps:
+            extra["stopped_after"] = step
+            training.save(step)
+            raise EarlyStop
+
+    def score(self, model: SaliencyModel) -> dict[str, float]:
+        """Means of the scores over the validation set; every rank must call it, and each scores its part."""
+        ranks = self.training.ranks
+        positions = shard_rows_for_rank(self.shards.shard_sizes, rank=ranks.rank, world_size=ranks.world_size)
+        targets, densities = self._predict(model, [(e, s, r) for e, s, r in positions.tolist()])
+        gathered = ranks.gather(score_each(targets, densities, stride=self.config.data.stride))
+        means = mean_scores({name: np.concatenate([part[name] for part in gathered]) for name in METRICS})
+        return means | {"num_skipped": self.shards.num_samples - means["num_images"]}
+
+    def _predict(
+        self, model: SaliencyModel, positions: list[tuple[int, int, int]]
+    ) -> tuple[list[GazeTarget], list[Tensor]]:
+        """Targets with a fixation and readable image, and the densities `(rows, columns)` predicted for them."""
+        config, accelerator = self.config, self.training.accelerator
+        sigma = next(iter(self.targets.values())).sigma
+        dataset = GazeDataset(self.shards, size=model.image_size, grid=(1, 1), sigma=sigma)
+        size = config.data.batch_size
+        parts = [positions[i : i + size] for i in range(0, len(positions), size)]
+        loader = make_loader(dataset, parts, num_workers=min(config.loop.num_workers, len(parts)))
+        targets, densities = [], []
+        with torch.no_grad():
+            for part, batch in zip(parts, loader, strict=True):
+                with accelerator.autocast():
+                    predicted = model(batch.images.to(accelerator.device)).exp().cpu()
+                for i in batch.valid.nonzero().flatten().tolist():
+                    targets.append(self.targets[part[i][1:]])
+                    densities.append(predicted[i])
+        return targets, densities
+
+    def _keep(self, step: int, means: dict[str, float], *, prefix: str) -> None:
+        state = self.training.weights()
+        if not self.training.ranks.is_main:
+            return
+        software = environment()
+        save_teacher(
+            self.training.run.path,
+            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)},
+            model=self.config.model,
+            image_size=self.config.data.image_size,
+            facts={
+                "step": step,
+                "metrics": means,
+                "data": {"train": self.train_digest, "val": self.shards.digest},
+                "gaze": {**self.shards.manifest.extra["gaze"], "sigma": next(iter(self.targets.values())).sigma},
+                "software": {name: software[name] for name in SOFTWARE},
+            },
+        )

@@ -1,0 +1,92 @@
+"""Batched colour operations against torchvision's, one by one and in order."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as reference
+
+from pretrain import augment as ours
+from pretrain.views import BLUR, BRIGHTNESS, CONTRAST, GREY, HUE, NUM_COLOURS, ORDER, ORDERS, SATURATION, SOLARIZE
+
+LIMIT = 2 / 255
+
+
+@pytest.fixture(name="images")
+def images_fixture() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    small = torch.rand(6, 3, 8, 8, generator=generator)
+    smooth = torch.nn.functional.interpolate(small, size=(40, 40), mode="bicubic").clamp(0, 1)
+    smooth[0] = smooth[0, :1]  # a grey image: hue and saturation have nothing to turn
+    return smooth
+
+
+@pytest.mark.parametrize(
+    ("operation", "theirs", "values"),
+    [
+        (ours.adjust_brightness, reference.adjust_brightness, [0.2, 0.7, 1.0, 1.3, 1.8, 0.0]),
+        (ours.adjust_contrast, reference.adjust_contrast, [0.2, 0.7, 1.0, 1.3, 1.8, 0.0]),
+        (ours.adjust_saturation, reference.adjust_saturation, [0.2, 0.7, 1.0, 1.3, 1.8, 0.0]),
+        (ours.adjust_hue, reference.adjust_hue, [-0.5, -0.2, 0.0, 0.1, 0.2, 0.5]),
+    ],
+)
+def test_each_jitter_operation_is_torchvisions(
+    images: Tensor, operation: Callable[..., Tensor], theirs: Callable[..., Tensor], values: list[float]
+) -> None:
+    found = operation(images, torch.tensor(values))
+    for one, value, result in zip(images, values, found, strict=True):
+        expected = theirs(one, value)
+        assert (result - expected).abs().mean() < LIMIT / 20  # the same formula, in another order of roundings
+
+
+def test_blur_and_grey_and_solarize_are_torchvisions(images: Tensor) -> None:
+    sigma = torch.tensor([0.1, 0.4, 0.8, 1.2, 1.6, 2.0])
+    found = ours.gaussian_blur(images, sigma)
+    for one, s, result in zip(images, sigma.tolist(), found, strict=True):
+        expected = reference.gaussian_blur(one, kernel_size=[5, 5], sigma=[s, s])
+        assert (result - expected).abs().max() < 1e-4
+    assert (ours.grey(images) - reference.rgb_to_grayscale(images)).abs().max() < 1e-5
+    assert torch.equal(ours.solarize(images, sigma), reference.solarize(images, 0.5))
+
+
+def test_a_view_is_the_operations_in_its_own_order(images: Tensor) -> None:
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    colours = torch.zeros(6, NUM_COLOURS)
+    colours[:, [BRIGHTNESS, CONTRAST, SATURATION]] = torch.tensor([1.3, 0.6, 1.5])
+    colours[:, HUE] = 0.1
+    colours[:, ORDER] = torch.tensor([0, 5, 11, 17, 23, -1])
+    colours[3, GREY] = 1
+    colours[4, BLUR] = 1.0
+    colours[5, SOLARIZE] = 1
+    found = ours.augment(pixels, colours)
+    steps = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation, reference.adjust_hue)
+    for i in range(6):
+        expected = pixels[i].permute(2, 0, 1).float() / 255
+        order = ORDERS[int(colours[i, ORDER])] if colours[i, ORDER] >= 0 else []
+        for number in order:
+            expected = steps[number](expected, float(colours[i, number]))
+        if i == 3:
+            expected = reference.rgb_to_grayscale(expected, num_output_channels=3)
+        if i == 4:
+            expected = reference.gaussian_blur(expected, kernel_size=[5, 5], sigma=[1.0, 1.0])
+        if i == 5:
+            expected = reference.solarize(expected, 0.5)
+        assert (found[i] - expected).abs().mean() < LIMIT
+
+
+def test_a_view_does_not_depend_on_its_neighbours(images: Tensor) -> None:
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    rng = np.random.default_rng(0)
+    colours = torch.from_numpy(rng.uniform(0.5, 1.5, (6, NUM_COLOURS)).astype(np.float32))
+    colours[:, ORDER] = torch.tensor([3, -1, 7, 3, 20, 1])
+    together = ours.augment(pixels, colours)
+    for i in range(6):
+        torch.testing.assert_close(together[i], ours.augment(pixels[i : i + 1], colours[i : i + 1])[0])
+
+
+def test_normalize_by_value() -> None:
+    images = torch.full((1, 3, 2, 2), 0.5)
+    out = ours.normalize(images, mean=(0.5, 0.25, 0.0), std=(1.0, 0.5, 0.25))
+    assert out[0, :, 0, 0].tolist() == pytest.approx([0.0, 0.5, 2.0])

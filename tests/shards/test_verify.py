@@ -1,0 +1,157 @@
+"""Verifying and repairing: every kind of fault is found, named and counted, and repaired sets read on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.errors import InputError
+from shards.index import read_index
+from shards.labels import encode_label, label_directory, seal_labels, write_label_shard
+from shards.reader import ShardSet
+from shards.verify import VerifyConfig, main
+from shards.writer import index_path
+
+PROGRAM = Path(__file__).resolve().parents[2] / "shards" / "verify.py"
+TEACHER = "cd" * 32
+
+
+def verify(root: Path, capsys: pytest.CaptureFixture[str], **options: object) -> tuple[str, str]:
+    """Output and error line, empty when all is good."""
+    error = ""
+    try:
+        main(VerifyConfig(path=str(root), workers=1, **options))  # type: ignore[arg-type]
+    except InputError as caught:
+        error = str(caught)
+    return capsys.readouterr().out, error
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def label(images: ShardSet, root: Path) -> Path:
+    directory = label_directory(root, TEACHER)
+    for shard in range(images.manifest.num_shards):
+        maps = [(key, encode_label(np.ones((4, 4)))) for key in images.keys(shard)]
+        write_label_shard(directory, images, shard, maps)
+    seal_labels(directory, images, teacher={"hash": TEACHER}, settings={"size": [4, 4]})
+    return directory
+
+
+def test_sound_sets_are_counted(packed: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    label(packed, tmp_path / "labels")
+    out, error = verify(tmp_path, capsys)
+    assert error == "" and out.count("good") == 2
+    assert "images: 23 samples in 1 sets" in out and "labels: 23 samples in 1 sets" in out
+
+
+def test_the_program_takes_a_bare_folder_and_exits_with_2_on_a_fault(packed: ShardSet, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PROGRAM.parents[1]), *sys.path])}
+    command = [sys.executable, str(PROGRAM), str(packed.root)]
+    good = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert good.returncode == 0 and "23 samples" in good.stdout, good.stderr
+    flip(packed.root / packed.manifest.files[0], 700)
+    bad = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert bad.returncode == 2 and "2 faults" in bad.stdout and "--repair" in bad.stderr
+
+
+def test_a_flipped_bit_is_traced_to_its_sample_and_quarantined(
+    packed: ShardSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = packed.root / packed.manifest.files[2]
+    index = read_index(index_path(tar))
+    flip(tar, int(index.offset[4]) + 200)
+    out, error = verify(packed.root, capsys)
+    assert "2 faults" in error and "SHA-256" in out and f"row 4 '{index.key(4)}': its bytes have changed" in out
+    out, error = verify(packed.root, capsys, repair=True)
+    assert error == "" and "1 samples added to quarantine.json" in out
+    again = ShardSet(packed.root)
+    assert again.num_samples == 22 and index.key(4) not in again.keys(2)
+    for shard, size in enumerate(again.shard_sizes):
+        for row in range(size):
+            again.read(shard, row)
+    out, error = verify(packed.root, capsys)
+    assert error == "" and "good" in out
+    first = packed.root / packed.manifest.files[0]
+    flip(first, int(read_index(index_path(first)).offset[0]))
+    out, error = verify(packed.root, capsys, repair=True)  # a second repair adds to the first
+    assert error == "" and ShardSet(packed.root).num_samples == 21
+
+
+def test_a_truncated_shard_loses_only_what_is_cut_off(packed: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
+    tar = packed.root / packed.manifest.files[0]
+    index = read_index(index_path(tar))
+    os.truncate(tar, int(index.offset[5]))
+    out, error = verify(packed.root, capsys)
+    assert "cut short" in out and "the manifest says" in out and error
+    verify(packed.root, capsys, repair=True)
+    assert ShardSet(packed.root).keys(0) == index.keys()[:5]
+
+
+def test_a_lost_index_is_rebuilt_exactly(packed: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
+    path = index_path(packed.root / packed.manifest.files[1])
+    before = path.read_bytes()
+    path.unlink()
+    out, error = verify(packed.root, capsys)
+    assert "whole shard unreadable" in out and "8 faults" in error
+    out, error = verify(packed.root, capsys, repair=True)
+    assert error == "" and path.read_bytes() == before and not (packed.root / "quarantine.json").exists()
+
+
+def test_a_lost_tar_is_quarantined_as_a_whole(packed: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
+    (packed.root / packed.manifest.files[1]).unlink()
+    assert verify(packed.root, capsys, repair=True)[1] == ""
+    assert ShardSet(packed.root).shard_sizes.tolist() == [7, 0, 7, 2]
+    assert verify(packed.root, capsys)[1] == ""
+
+
+def test_swapped_shards_and_strays_are_found(packed: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (packed.root / packed.manifest.files[number] for number in (0, 1))
+    contents = a.read_bytes(), b.read_bytes()
+    a.write_bytes(contents[1])
+    b.write_bytes(contents[0])
+    (packed.root / "shard-000099.tar").write_bytes(b"")
+    out, error = verify(packed.root, capsys)
+    assert "shard-000099.tar is not in the manifest" in out and out.count("shard-000000.tar: row") == 7 and error
+
+
+def test_a_key_that_occurs_in_two_shards_is_found(packed: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
+    path = packed.root / "manifest.json"
+    value = json.loads(path.read_text())
+    for ending in ("tar", "index"):
+        copy = packed.root / f"copy-000000.{ending}"
+        copy.write_bytes((packed.root / f"shard-000000.{ending}").read_bytes())
+    value["shards"].append(value["shards"][0] | {"file": "copy-000000.tar"})
+    value["num_samples"] += 7
+    value["num_bytes"] += value["shards"][0]["num_bytes"]
+    path.write_text(json.dumps(value))
+    out, error = verify(packed.root, capsys)
+    assert "7 keys occur more than once" in out and "1 faults" in error
+
+
+def test_labels_are_checked_against_their_images(
+    packed: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = label(packed, tmp_path / "labels")
+    assert "give their folder with --images" in verify(directory, capsys)[0]
+    assert verify(directory, capsys, images=str(packed.root))[1] == ""
+    flip(directory / packed.manifest.files[0], 512 + 20)
+    out, error = verify(directory, capsys, images=str(packed.root), repair=True)
+    assert error == "" and "1 samples added" in out
+    joined = ShardSet(packed.root, labels=directory)
+    assert joined.num_samples == 22 and joined.shard_sizes[0] == 6
+
+
+def test_wrong_folders_are_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, word in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "no manifest.json")):
+        out, error = verify(path, capsys)
+        assert word in error and out == ""
+    with pytest.raises(InputError, match="no folder given"):
+        main(VerifyConfig())

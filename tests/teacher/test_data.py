@@ -1,0 +1,85 @@
+"""Augmentation moves fixations with the image, and is a pure function of seed, epoch and sample."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from shards.gaze import GazeTarget
+from shards.reader import ShardSet
+from teacher.config import AugmentConfig
+from teacher.data import Change, GazeDataset, change_generator, change_image, draw_change, move_target
+from tests.teacher.conftest import SIGMA
+
+
+def make_target(points: list[list[float]], size: tuple[int, int]) -> GazeTarget:
+    array = np.array(points, dtype=np.float64).reshape(-1, 2)
+    return GazeTarget("key", size, array, np.arange(len(array)), 3.0, 0, 0)
+
+
+def test_a_mirrored_image_has_the_mirrored_human_map() -> None:
+    target = make_target([[3, 7], [50, 20], [63, 47]], (48, 64))
+    flipped = move_target(target, Change((0, 0, 48, 64), flip=True))
+    np.testing.assert_array_equal(flipped.points[:, 0], [60, 13, 0])
+    np.testing.assert_allclose(flipped.density((12, 16)), target.density((12, 16))[:, ::-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fixations_stay_on_what_they_were_on(seed: int) -> None:
+    """A bright dot at the fixation is still at the fixation after crop, flip and resize."""
+    rng = np.random.default_rng(seed)
+    size = (120, 160)
+    x, y = int(rng.integers(60, 100)), int(rng.integers(50, 70))
+    image = np.zeros((*size, 3), dtype=np.uint8)
+    cv2.circle(image, (x, y), 4, (255, 255, 255), -1)
+    change = draw_change(rng, AugmentConfig(flip=0.5, min_area=0.6), size=size)
+    moved = move_target(make_target([[x, y]], size), change)
+    out = change_image(image, change, stored=size, size=(60, 80))
+    row, column = (c.mean() for c in np.nonzero(out[..., 0] > 127))
+    height, width = moved.size
+    assert len(moved.points) == 1
+    assert column + 0.5 == pytest.approx((moved.points[0, 0] + 0.5) * 80 / width, abs=0.8)
+    assert row + 0.5 == pytest.approx((moved.points[0, 1] + 0.5) * 60 / height, abs=0.8)
+
+
+def test_fixations_outside_the_crop_are_dropped_with_their_observers() -> None:
+    target = make_target([[10, 10], [50, 40], [30, 20]], (48, 64))
+    moved = move_target(target, Change((8, 20, 20, 30)))
+    np.testing.assert_array_equal(moved.points, [[10, 12]])
+    np.testing.assert_array_equal(moved.observers, [2])
+    assert moved.size == (20, 30)
+
+
+def test_crops_lie_inside_and_keep_their_share_and_shape() -> None:
+    for sample in range(300):
+        rng = change_generator(0, epoch=0, sample=sample)
+        change = draw_change(rng, AugmentConfig(min_area=0.5), size=(90, 120))
+        top, left, height, width = change.box
+        assert 0 <= top <= 90 - height and 0 <= left <= 120 - width
+        assert 0.49 <= height * width / (90 * 120) <= 1 and height / width == pytest.approx(0.75, abs=0.02)
+
+
+def test_a_sample_is_changed_alike_wherever_it_is_read(data: Path) -> None:
+    shards = ShardSet(data / "train")
+    augment = AugmentConfig(flip=0.5, min_area=0.5, jitter=0.3)
+    dataset = GazeDataset(shards, size=(32, 48), grid=(8, 12), sigma=SIGMA, augment=augment, seed=7)
+    many = dataset.__getitems__([(3, 0, 1), (3, 1, 4), (4, 0, 1)])
+    alone = dataset[(3, 1, 4)]
+    assert torch.equal(many.images[1], alone.images[0]) and torch.equal(many.maps[1], alone.maps[0])
+    assert not torch.equal(many.images[0], many.images[2]), "another epoch must be another draw"
+
+
+def test_a_batch_holds_maps_counts_and_what_could_not_be_used(data: Path) -> None:
+    dataset = GazeDataset(ShardSet(data / "train"), size=(32, 48), grid=(12, 16), sigma=SIGMA)
+    batch = dataset.__getitems__([(0, 0, 0), (0, 2, 3)])
+    torch.testing.assert_close(batch.maps.sum((1, 2)), torch.ones(2))
+    # two fixations on the blob; the one beside the image counts nowhere
+    assert batch.counts.sum((1, 2)).tolist() == [2, 2] and batch.valid.all() and batch.bad == []
+    peak = batch.maps[0].flatten().argmax()
+    assert batch.counts[0].flatten()[peak] > 0 or batch.counts[0].sum() == 2
+    bright = batch.images[0].float().mean(-1)
+    blob = (bright > 200).nonzero().float().mean(0) / torch.tensor([32.0, 48.0])
+    found = torch.tensor(divmod(int(peak), 16)).float() / torch.tensor([12.0, 16.0])
+    assert (blob - found).abs().max() < 0.15

@@ -1,0 +1,154 @@
+"""Training as a program: what it writes, that it goes on where it stopped to the bit, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from engine.errors import InputError
+from engine.files import sha256_of
+from engine.program import parse_config
+from engine.runs import RunFolder
+from shards.pack import pack
+from teacher.config import DEFAULT_CONFIG, Config
+from teacher.saved import load_teacher
+from teacher.trainer import check, train
+from teacher.validation import Validation
+from tests.teacher.conftest import BlobSource, arguments_of, training_options
+from tests.tools import REPOSITORY, accelerate, run_python
+
+MAIN = REPOSITORY / "teacher" / "main.py"
+
+
+def config_of(data: Path, runs: Path, **options: object) -> Config:
+    arguments = arguments_of(training_options(data, runs, **options))
+    config, _ = parse_config(Config, argv=arguments, default_config=DEFAULT_CONFIG)
+    return config
+
+
+def test_a_run_leaves_a_teacher_named_by_its_weights_and_a_summary(trained: Path) -> None:
+    best = trained / "best"
+    teacher = load_teacher(trained)
+    assert teacher.hash == sha256_of(best / "model.safetensors")
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["teacher"]["hash"] == teacher.hash and summary["step"] == 3
+    for name in ("nss", "kld", "cc", "sim", "auc_judd"):
+        assert summary["metrics"][f"attention/{name}"] == teacher.facts["metrics"][name]
+        assert f"centre_bias/{name}" in summary["metrics"]
+    assert summary["metrics"]["attention/num_images"] == 9
+    validated = [line for line in RunFolder(trained).metrics() if "val/kld" in line]
+    assert len(validated) == 2 and min(line["val/kld"] for line in validated) == teacher.facts["metrics"]["kld"]
+    assert teacher.facts["gaze"] == {"edition": "simulated", "sigma": 4.0}
+    density = teacher.model(torch.zeros(1, 32, 48, 3, dtype=torch.uint8)).exp()
+    assert density.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
+    options = {"ema": 0.9, "augment__min_area": 0.5, "augment__jitter": 0.2, "model__centre_prior": True}
+    train(config_of(data, tmp_path, run="whole", **options))
+    for stop in (1, 0):
+        arguments = arguments_of(training_options(data, tmp_path, run="parts", loop__stop_after=stop, **options))
+        done = run_python(MAIN, *arguments, cwd=tmp_path)
+        assert done.returncode == (75 if stop else 0), done.stderr
+    whole, parts = ((tmp_path / name / "checkpoints" / "step-000000003" / "model.pt") for name in ("whole", "parts"))
+    first, second = (torch.load(path, weights_only=True) for path in (whole, parts))
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert any(not torch.equal(first[f"average.{n[6:]}"], v) for n, v in first.items() if n.startswith("model."))
+    digests = {sha256_of(tmp_path / name / "best" / "model.safetensors") for name in ("whole", "parts")}
+    assert len(digests) == 1
+
+
+def test_a_run_without_progress_stops_early_and_stays_stopped(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = dict.fromkeys(("nss", "kld", "cc", "sim", "auc_judd", "num_images", "num_skipped"), 1.0)
+    monkeypatch.setattr(Validation, "score", lambda self, model: scores)
+    config = config_of(data, tmp_path, max_steps=30, patience=2, validate_every=0.16)
+    train(config)
+    assert "stopped early" in capsys.readouterr().out
+    assert json.loads((tmp_path / "tiny" / "summary.json").read_text())["step"] == 3
+    assert load_teacher(tmp_path / "tiny").facts["step"] == 1, "the first of equals is kept"
+    train(config)
+    again = capsys.readouterr().out
+    assert "resumed" in again and "step 04" not in again
+
+
+def test_two_ranks_score_every_sample_once(data: Path, tmp_path: Path) -> None:
+    """Nine validation images over two ranks: five and four, the means over all nine."""
+    done = accelerate("cpu2_ddp", MAIN, *arguments_of(training_options(data, tmp_path, max_steps=1)), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
+    assert summary["metrics"]["attention/num_images"] == 9 and summary["metrics"]["attention/num_skipped"] == 0
+
+
+def test_check_trains_nothing(data: Path, tmp_path: Path) -> None:
+    lines = "\n".join(check(config_of(data, tmp_path)))
+    assert "24 images, 48 fixations" in lines and not (tmp_path / "tiny").exists()
+
+
+BAD: dict[str, tuple[dict[str, object], str]] = {
+    "missing shards": ({"data__train": "DATA/nowhere"}, "nowhere: no such folder"),
+    "no gaze": ({"data__train": "DATA/images"}, "hold no gaze"),
+    "no fixation": ({"data__val": "DATA/unlooked"}, "not one of 4 samples has a fixation"),
+    "no fixation to train on": ({"data__train": "DATA/unlooked"}, "not one of 4 samples has a fixation"),
+    "other edition": ({"data__val": "DATA/mouse"}, "edition 'mouse'"),
+    "unknown backbone": ({"model__backbone": "resnet_x"}, "is no timm model"),
+    "batch too large": ({"data__batch_size": 99}, "data.batch_size 99"),
+    "no whole step": ({"max_steps": "null", "epochs": 0.01}, "less than one step"),
+    "nothing to learn": ({"loss__kld": 0, "loss__nss": 0}, "nothing to learn"),
+    "average that never moves": ({"ema": 1.0}, "ema 1.0"),
+    "no first weights": ({"model__pretrained": "DATA/none"}, "no such weights"),
+    "no run name": ({"run": "../x"}, "run name"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_anything_is_written(data: Path, tmp_path: Path, case: str) -> None:
+    options, message = BAD[case]
+    given = {key: str(value).replace("DATA", str(data)) for key, value in options.items()}
+    config = config_of(data, tmp_path, **given)
+    with pytest.raises(InputError, match=message) as error:
+        train(config)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model__bakbone": "resnet18"}, "Did you mean 'model.backbone'?"),
+        ({"data__val": "DATA/images"}, "hold no gaze"),
+    ],
+)
+def test_bad_input_ends_the_program_with_one_line_and_code_2(
+    data: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    given = {key: value.replace("DATA", str(data)) for key, value in options.items()}
+    done = run_python(MAIN, *arguments_of(training_options(data, tmp_path, **given)), cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and "\n" not in done.stderr.strip(), done.stderr
+
+
+def test_too_many_unreadable_images_stop_the_run(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "train", tmp_path / "train")
+    tar = tmp_path / "train" / "shard-000000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"IDAT", b"IDOT"))
+    with pytest.raises(InputError, match="samples could not be read"):
+        train(config_of(data, tmp_path / "runs", data__train=tmp_path / "train", max_steps=12))
+
+
+def test_another_config_or_other_data_in_the_same_run_is_refused(data: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "tiny")
+    with pytest.raises(InputError, match="belongs to another config: seed"):
+        train(config_of(data, tmp_path, seed=1))
+    pack(BlobSource(24, seed=9), tmp_path / "other", shard_samples=10)
+    with pytest.raises(InputError, match="was trained on other train"):
+        train(config_of(data, tmp_path, data__train=tmp_path / "other"))
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "teacher").glob("[!l]*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    config, _ = parse_config(Config, argv=["--config", str(path)])
+    assert yaml.safe_load(path.read_text())["run"] == config.run
