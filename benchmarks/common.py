@@ -1,52 +1,29 @@
 """What every benchmark needs: the environment it ran in, timing in pairs, and results written the same way."""
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from engine.environment import environment as engine_environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"
-
-
-def _git_commit() -> str:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown"
-
-
 def environment(**more: Any) -> dict[str, Any]:
     """Return what a figure depends on: versions, processor, cores, commit, and whatever the benchmark adds."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "commit": _git_commit(),
-        **more,
-    }
+    return {**engine_environment(), **more}
 
 
 def time_pairs(
-    ours: Callable[[], object], theirs: Callable[[], object], *, num_pairs: int, warmup: int = 1
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    *,
+    num_pairs: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[float], list[float]]:
     """Time two functions by turns, so that a busy moment of the machine hits both.
 
@@ -55,6 +32,7 @@ def time_pairs(
         theirs: called without arguments.
         num_pairs: number of timed pairs.
         warmup: untimed pairs before.
+        clock: seconds; `time.process_time` for the processor time of this process, which other programs disturb less.
 
     Returns:
         Seconds of each call of `ours` and of `theirs`.
@@ -62,10 +40,10 @@ def time_pairs(
     times: tuple[list[float], list[float]] = ([], [])
     for pair in range(warmup + num_pairs):
         for function, taken in zip((ours, theirs), times, strict=True):
-            start = time.perf_counter()
+            start = clock()
             function()
             if pair >= warmup:
-                taken.append(time.perf_counter() - start)
+                taken.append(clock() - start)
     return times
 
 

@@ -182,12 +182,12 @@ def main() -> None:
     head = "| Maps, pysaliency's AUC-Judd | ours, ms an image | pysaliency, ms an image | ratio | largest difference |"
     table = "\n".join([head, "|---|---|---|---|---|", *rows])
     notes = (
-        f"All of {', '.join(NAMES)} on {options.images} OSIE images at 800x600 (map of 7 observers against all 15, sigma "
-        "24 px). pysaliency runs through its public models with the maps in its cache; both sides use one CPU thread; "
-        f"median of {options.pairs} alternating pairs. AUC-Borji is the exact expectation (pysaliency's uniform "
-        "non-fixations). pysaliency's AUC-Judd adds random jitter by default; without it, it gives the exact value that "
-        "we give. EMD and Spearman are left out: pysaliency has neither. The difference is that of the mean over images, "
-        "largest of the eight metrics."
+        f"All of {', '.join(NAMES)} on {options.images} OSIE images at 800x600 (map of 7 observers "
+        "against all 15, sigma 24 px). pysaliency runs through its public models with the maps in its cache; both "
+        f"sides use one CPU thread; median of {options.pairs} alternating pairs. AUC-Borji is the exact expectation "
+        "(pysaliency's uniform non-fixations). pysaliency's AUC-Judd adds random jitter by default; without it, it "
+        "gives the exact value that we give. EMD and Spearman are left out: pysaliency has neither. The difference "
+        "is that of the mean over images, largest of the eight metrics."
     )
     title = "Saliency metrics against pysaliency"
     report("metrics", figures=figures, environment=environment(), title=title, notes=notes, table=table)

@@ -10,9 +10,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pretrain.recolour_cpu import recolour_views
 from pretrain.views import BLUR, BRIGHTNESS, CONTRAST, GREY, HUE, ORDER, ORDERS, SATURATION, SOLARIZE
 
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601-2 as torchvision rounds it
+
+
+def recolour(images: Tensor, colours: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Recolour and normalise views on their device; on a CPU with `pretrain.recolour_cpu`, which is faster there.
+
+    Args:
+        images: uint8 `(batch, height, width, 3)`.
+        colours: float32 `(batch, NUM_COLOURS)`, columns as in `pretrain.views`.
+
+    Returns:
+        float32 `(batch, 3, height, width)`.
+    """
+    if images.device.type == "cpu":
+        views = recolour_views(images.numpy(), colours.numpy(), mean=mean, std=std)
+        return torch.from_numpy(views).permute(0, 3, 1, 2)
+    return normalize(augment(images, colours), mean=mean, std=std)
 
 
 def augment(images: Tensor, colours: Tensor) -> Tensor:

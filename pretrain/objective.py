@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from attention.losses import weighted_loss
 from attention.maps import crop_mass, warp
-from pretrain.augment import augment, normalize
+from pretrain.augment import recolour
 from pretrain.config import AttentionConfig, Config
 from pretrain.contrast import nt_xent
 from pretrain.data import Batch
@@ -57,10 +57,10 @@ class Objective:
 
     def prepare(self, batch: Batch) -> Tensor:
         """All views of the batch, recoloured and normalised: `(num_views * batch, 3, size, size)`."""
-        mean, std = self.statistics
+        images, colours = batch.images.flatten(0, 1), batch.colours.flatten(0, 1)
         with torch.no_grad():
-            images = normalize(augment(batch.images.flatten(0, 1), batch.colours.flatten(0, 1)), mean=mean, std=std)
-            return images.contiguous(memory_format=memory_format(self.config))
+            views = recolour(images, colours, mean=self.statistics[0], std=self.statistics[1])
+            return views.contiguous(memory_format=memory_format(self.config))
 
 
 def attention_objective(

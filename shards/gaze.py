@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attention import metrics
+from attention.baselines import leave_image_out
 from attention.fixations import pad_fixations
 from attention.maps import fixation_density, inside_image, warp
 from engine.errors import InputError
@@ -188,7 +189,7 @@ def score_densities(
 def centre_bias_scores(
     targets: Sequence[GazeTarget], *, stride: int = 4, sigma: float | None = None
 ) -> dict[str, float]:
-    """Scores of the leave-image-out centre bias: each image is predicted by the fixations of all other images.
+    """Scores of the leave-image-out centre bias: each image is predicted by the mean map of all other images.
 
     Positions count as fractions of the image, so sets of mixed sizes work.
 
@@ -199,10 +200,8 @@ def centre_bias_scores(
     if len(used) < 2:
         raise ValueError(f"a leave-image-out centre bias needs 2 images with fixations, got {len(used)}")
     grid = used[0].grid(stride)
-    # every fixation counts alike: an image's map weighs as much as it has fixations
-    weighted = [target.density(grid, sigma=sigma) * float(target.num_inside) for target in used]
-    total = np.sum(weighted, axis=0, dtype=np.float64)
-    scores = score_each(used, [total - one for one in weighted], stride=stride, sigma=sigma)
+    densities = torch.from_numpy(np.stack([target.density(grid, sigma=sigma) for target in used]))
+    scores = score_each(used, leave_image_out(densities), stride=stride, sigma=sigma)
     return mean_scores(scores) | {"num_skipped": float(len(targets) - len(used))}
 
 

@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import cv2
@@ -195,11 +196,17 @@ def _print(reports: list[SetReport]) -> None:
         sys.stdout.write(f"... and {len(lines) - MAX_LINES} more\n")
 
 
-def _folder_first(arguments: list[str]) -> list[str]:
-    """Let the folder be given as a bare first argument."""
-    return ["--path", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+def command_line(arguments: list[str]) -> list[str]:
+    """Let the folder be given as a bare first argument, and `--repair` without a value."""
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--path", *arguments]
+    return [
+        "--repair=true" if word == "--repair" and (after is None or after.startswith("-")) else word
+        for word, after in zip_longest(arguments, arguments[1:], fillvalue=None)
+        if word is not None
+    ]
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = _folder_first(sys.argv[1:])
+    sys.argv[1:] = command_line(sys.argv[1:])
     run_program(main, VerifyConfig, description="Check shard sets against their manifests.", check=check)

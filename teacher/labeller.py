@@ -49,7 +49,7 @@ def label(config: LabelConfig) -> Path:
     claim_directory(directory, config, images)
     todo = [shard for shard in task if not labels_complete(directory, images, shard)]
     if todo:
-        failed = _Labeller(config, teacher, images, directory).run(todo)
+        failed = Labeller(config, teacher, images, directory).run(todo)
         for line in failed[:NUM_NAMED]:
             report(f"no label: {line}")
         report(f"{directory}: {len(todo)} shards labelled, {len(failed)} images without a label")
@@ -220,7 +220,7 @@ class ImageDataset(Dataset[ImageBatch]):
         return ImageBatch(torch.from_numpy(images), keys, shard, last, failed)
 
 
-class _ShardBatches:
+class ShardBatches:
     """Batch sampler over shards. The batches of a shard depend on nothing but the shard and the batch size, because a
     forward's last bits may depend on what else is in its batch. Shards that others have written by now are left out."""
 
@@ -236,7 +236,7 @@ class _ShardBatches:
                 yield [(shard, row) for row in range(start, min(start + self.batch_size, size))]
 
 
-class _Labeller:
+class Labeller:
     """Predicts in this thread; encodes and writes in another, while the loader's processes read on."""
 
     def __init__(self, config: LabelConfig, teacher: SavedTeacher, images: ShardSet, directory: Path) -> None:
@@ -250,7 +250,7 @@ class _Labeller:
 
     def run(self, shards: Sequence[int]) -> list[str]:
         """Label these shards. Returns key and reason of every image left without a label."""
-        batches = _ShardBatches(shards, self.images, self.directory, batch_size=self.config.batch_size)
+        batches = ShardBatches(shards, self.images, self.directory, batch_size=self.config.batch_size)
         dataset = ImageDataset(self.images, size=self.model.image_size)
         loader = make_loader(dataset, batches, num_workers=self.config.num_workers)
         total = int(sum(self.images.shard_sizes[shard] for shard in shards))

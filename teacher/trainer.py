@@ -1,6 +1,5 @@
 """Puts a teacher's training together from its config, and checks it without training."""
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,53 +18,20 @@ from engine.progress import report
 from engine.ranks import Ranks
 from engine.runs import RunFolder, check_run_name
 from engine.tracking import Tracker
-from shards.gaze import METRICS, centre_bias_scores, check_gaze, gaze_sigma, load_targets
+from shards.gaze import METRICS, check_gaze, gaze_sigma, load_targets
 from shards.reader import ShardSet
+from teacher.average import Teacher
+from teacher.comparison import compare
 from teacher.config import Config
 from teacher.data import GazeBatch, GazeDataset, training_batches
 from teacher.model import SaliencyModel
 from teacher.pretrained import load_pretrained
-from teacher.saved import read_facts
+from teacher.report import table_lines, write_maps, write_page
+from teacher.saved import load_teacher
 from teacher.validation import EarlyStop, Validation
 
 # What may differ between two parts of one run: it changes how fast the same result is reached, not the result.
 FREE_KEYS = frozenset({"loop", "runs", "data.train", "data.val"})
-
-
-class Teacher(nn.Module):
-    """The model that is trained and, with a decay above 0, its moving average beside it.
-
-    Both are in one module, so that checkpoints hold both.
-    """
-
-    def __init__(self, model: SaliencyModel, *, decay: float) -> None:
-        super().__init__()
-        self.model, self.decay = model, decay
-        self.average = copy.deepcopy(model).requires_grad_(False) if decay > 0 else None
-
-    @property
-    def chosen(self) -> SaliencyModel:
-        """The model that is validated and kept."""
-        return self.model if self.average is None else self.average
-
-    @property
-    def chosen_prefix(self) -> str:
-        """What the names of `chosen`'s weights begin with in this module's state."""
-        return "model." if self.average is None else "average."
-
-    def forward(self, images: Tensor) -> Tensor:
-        """See `SaliencyModel.forward`."""
-        return self.model(images)
-
-    @torch.no_grad()
-    def update_average(self, step: int) -> None:
-        """Move the average towards the weights after `step` steps; early on it follows faster."""
-        assert self.average is not None
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            mean.lerp_(value.to(mean.dtype), 1 - decay)
-        for kept, latest in zip(self.average.buffers(), self.model.buffers(), strict=True):
-            kept.copy_(latest)
 
 
 @dataclass
@@ -296,26 +262,26 @@ def _finish(training: Training, validation: Validation) -> None:
     """Summary and table, from the teacher that is on disk."""
     if not training.ranks.is_main:
         return
-    facts = read_facts(training.run.path)
-    centre_bias = centre_bias_scores(list(validation.targets.values()), stride=validation.config.data.stride)
-    metrics = {f"attention/{name}": facts["metrics"][name] for name in (*METRICS, "num_images", "num_skipped")}
-    metrics |= {f"centre_bias/{metric}": centre_bias[metric] for metric in METRICS}
-    last = {k: v for line in training.run.metrics() for k, v in line.items() if k.startswith("train/")}
-    metrics |= last | {"data/num_bad": training.extra.get("num_bad", 0)}
+    run = training.run
+    if training.extra["best_kld"] is None:
+        raise FloatingPointError(f"no validation of {run.path} gave a KLD, so there is no teacher: lower optim.lr")
+    teacher = load_teacher(run.path)
+    predictions = validation.predict_all(teacher.model)
+    rows = compare([t for t, _ in predictions], [d for _, d in predictions], stride=validation.config.data.stride)
+    # the five metrics of all validation images, as they chose the teacher, are put over those of the comparison
+    rows["attention"] |= {name: teacher.facts["metrics"][name] for name in (*METRICS, "num_images", "num_skipped")}
+    metrics = {f"{row}/{name}": value for row, scores in rows.items() for name, value in scores.items()}
+    last = {k: v for line in run.metrics() for k, v in line.items() if k.startswith("train/")}
     step = training.extra.get("stopped_after", training.total_steps)
-    about = {"hash": facts["hash"], "step": facts["step"], "image_size": facts["image_size"]}
-    training.run.write_summary(metrics, step=step, teacher=about, data=training.identity)
-    for line in table({"teacher": facts["metrics"], "centre bias": centre_bias}):
+    about = {name: teacher.facts[name] for name in ("hash", "step", "image_size")}
+    more = last | {"data/num_bad": training.extra.get("num_bad", 0)}
+    run.write_summary(metrics | more, step=step, teacher=about, data=training.identity)
+    write_maps(run.path / "maps.safetensors", predictions)
+    page = write_page(run, validation.shards, predictions, rows)
+    for line in table_lines(rows):
         training.report(line)
-    training.report(f"done: {step} steps, teacher {facts['hash'][:16]} of step {facts['step']} in {training.run.path}")
-
-
-def table(rows: dict[str, dict[str, float]]) -> list[str]:
-    """Lines of a table of scores, one row a model."""
-    width = max(len(name) for name in rows)
-    head = f"{'validation':{max(width, 10)}}" + "".join(f"{name:>10}" for name in METRICS)
-    body = [f"{name:{max(width, 10)}}" + "".join(f"{row[m]:>10.4f}" for m in METRICS) for name, row in rows.items()]
-    return [head, "-" * len(head), *body]
+    training.report(f"report: {page}")
+    training.report(f"done: {step} steps, teacher {teacher.hash[:16]} of step {about['step']} in {run.path}")
 
 
 def _silent(line: str) -> None:

@@ -12,6 +12,7 @@ from shards.reader import ShardSet
 from teacher.config import Config
 from teacher.data import GazeDataset, make_loader
 from teacher.model import SaliencyModel
+from teacher.report import NUM_PICTURES, Predictions, evenly, side_by_side
 from teacher.saved import save_teacher
 
 SOFTWARE = ("python", "torch", "timm", "numpy")
@@ -30,6 +31,7 @@ class Validation:
     def __init__(self, training: Training, config: Config, shards: ShardSet, *, train_digest: str) -> None:
         self.training, self.config, self.shards, self.train_digest = training, config, shards, train_digest
         self.targets = {(t.shard, t.row): t for t in load_targets(shards, sigma=config.data.sigma)}
+        self.shown: Predictions = []
         training.extra.setdefault("best_kld", None)
         training.extra.setdefault("num_since_best", 0)
 
@@ -42,6 +44,7 @@ class Validation:
             assert training.tracker is not None
             training.tracker.log({f"val/{name}": value for name, value in means.items()}, step=step)
             training.report(f"validation after step {step}: " + ", ".join(f"{n} {means[n]:.4f}" for n in METRICS))
+            self._send_pictures(step)
         # a KLD that is not a number is below nothing, and so never the best
         if means["num_images"] and means["kld"] < (np.inf if extra["best_kld"] is None else extra["best_kld"]):
             extra.update(best_kld=means["kld"], num_since_best=0)
@@ -57,12 +60,19 @@ class Validation:
         """Means of the scores over the validation set; every rank must call it, and each scores its part."""
         ranks = self.training.ranks
         positions = shard_rows_for_rank(self.shards.shard_sizes, rank=ranks.rank, world_size=ranks.world_size)
-        targets, densities = self._predict(model, [(e, s, r) for e, s, r in positions.tolist()])
+        targets, densities = self.predict(model, [(e, s, r) for e, s, r in positions.tolist()])
+        self.shown = evenly(list(zip(targets, densities, strict=True)), NUM_PICTURES)
         gathered = ranks.gather(score_each(targets, densities, stride=self.config.data.stride))
         means = mean_scores({name: np.concatenate([part[name] for part in gathered]) for name in METRICS})
         return means | {"num_skipped": self.shards.num_samples - means["num_images"]}
 
-    def _predict(
+    def _send_pictures(self, step: int) -> None:
+        """Image, human map and predicted map of some images that this rank has scored."""
+        assert self.training.tracker is not None
+        drawn = [side_by_side(self.shards, target, density) for target, density in self.shown]
+        self.training.tracker.images("val/maps", drawn, captions=[t.key for t, _ in self.shown], step=step)
+
+    def predict(
         self, model: SaliencyModel, positions: list[tuple[int, int, int]]
     ) -> tuple[list[GazeTarget], list[Tensor]]:
         """Targets with a fixation and readable image, and the densities `(rows, columns)` predicted for them."""
@@ -81,6 +91,14 @@ class Validation:
                     targets.append(self.targets[part[i][1:]])
                     densities.append(predicted[i])
         return targets, densities
+
+    def predict_all(self, model: SaliencyModel) -> Predictions:
+        """Targets and densities of the whole set, on one rank."""
+        positions = shard_rows_for_rank(self.shards.shard_sizes, rank=0, world_size=1)
+        targets, densities = self.predict(
+            model.to(self.training.accelerator.device), [(e, s, r) for e, s, r in positions.tolist()]
+        )
+        return list(zip(targets, densities, strict=True))
 
     def _keep(self, step: int, means: dict[str, float], *, prefix: str) -> None:
         state = self.training.weights()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
 from pretrain import augment as ours
+from pretrain import recolour_cpu as on_cpu
 from pretrain.views import BLUR, BRIGHTNESS, CONTRAST, GREY, HUE, NUM_COLOURS, ORDER, ORDERS, SATURATION, SOLARIZE
 
 LIMIT = 2 / 255
@@ -84,6 +85,42 @@ def test_a_view_does_not_depend_on_its_neighbours(images: Tensor) -> None:
     together = ours.augment(pixels, colours)
     for i in range(6):
         torch.testing.assert_close(together[i], ours.augment(pixels[i : i + 1], colours[i : i + 1])[0])
+
+
+@pytest.mark.parametrize(
+    ("operation", "theirs", "values"),
+    [
+        (on_cpu.adjust_brightness, reference.adjust_brightness, [0.2, 0.7, 1.0, 1.3, 1.8, 0.0]),
+        (on_cpu.adjust_contrast, reference.adjust_contrast, [0.2, 0.7, 1.0, 1.3, 1.8, 0.0]),
+        (on_cpu.adjust_saturation, reference.adjust_saturation, [0.2, 0.7, 1.0, 1.3, 1.8, 0.0]),
+        (on_cpu.adjust_hue, reference.adjust_hue, [-0.5, -0.2, 0.0, 0.1, 0.2, 0.5]),
+        (on_cpu.gaussian_blur, lambda x, s: reference.gaussian_blur(x, [5, 5], [s, s]), [0.1, 0.4, 0.8, 1.2, 1.6, 2.0]),
+    ],
+)
+def test_each_operation_on_the_cpu_is_torchvisions(
+    images: Tensor, operation: Callable[..., np.ndarray], theirs: Callable[..., Tensor], values: list[float]
+) -> None:
+    pixels = (images * 255).round().to(torch.uint8)
+    for one, value in zip(pixels, values, strict=True):
+        found = operation(np.ascontiguousarray(one.permute(1, 2, 0).numpy()), value)
+        expected = theirs(one.float() / 255, value).permute(1, 2, 0) * 255
+        assert np.abs(found - expected.numpy()).mean() < 1  # of 255: rounding to 8 bits, hue in 256 steps
+
+
+def test_both_doors_give_the_same_views(images: Tensor) -> None:
+    """The uint8 path of the CPU and the float path of devices, whole recipe and normalisation."""
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    rng = np.random.default_rng(1)
+    colours = torch.zeros(6, NUM_COLOURS)
+    colours[:, [BRIGHTNESS, CONTRAST, SATURATION]] = torch.from_numpy(rng.uniform(0.4, 1.6, (6, 3)).astype(np.float32))
+    colours[:, HUE] = torch.tensor([0.2, -0.2, 0.1, -0.1, 0.05, 0.0])
+    colours[:, ORDER] = torch.tensor([0, 7, 13, 22, 4, -1])
+    colours[4, BLUR], colours[2, GREY], colours[5, SOLARIZE] = 1.3, 1, 1
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    fast = ours.recolour(pixels, colours, mean=mean, std=std)
+    slow = ours.normalize(ours.augment(pixels, colours), mean=mean, std=std)
+    difference = (fast - slow).abs() * torch.tensor(std).view(1, 3, 1, 1)
+    assert fast.shape == slow.shape and (difference.mean((1, 2, 3)) < LIMIT).all()
 
 
 def test_normalize_by_value() -> None:

@@ -13,7 +13,7 @@ from engine.errors import InputError
 from shards.index import read_index
 from shards.labels import encode_label, label_directory, seal_labels, write_label_shard
 from shards.reader import ShardSet
-from shards.verify import VerifyConfig, main
+from shards.verify import VerifyConfig, command_line, main
 from shards.writer import index_path
 
 PROGRAM = Path(__file__).resolve().parents[2] / "shards" / "verify.py"
@@ -60,6 +60,20 @@ def test_the_program_takes_a_bare_folder_and_exits_with_2_on_a_fault(packed: Sha
     flip(packed.root / packed.manifest.files[0], 700)
     bad = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert bad.returncode == 2 and "2 faults" in bad.stdout and "--repair" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("DIR", "--path DIR"),
+        ("DIR --repair", "--path DIR --repair=true"),
+        ("--repair --path DIR", "--repair=true --path DIR"),
+        ("--path DIR --repair false", "--path DIR --repair false"),
+        ("", ""),
+    ],
+)
+def test_short_forms_of_the_command_line(given: str, read: str) -> None:
+    assert command_line(given.split()) == read.split()
 
 
 def test_a_flipped_bit_is_traced_to_its_sample_and_quarantined(

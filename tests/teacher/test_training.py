@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.numpy import load_file as numpy_load_file
 
 from engine.errors import InputError
 from engine.files import sha256_of
@@ -43,6 +44,11 @@ def test_a_run_leaves_a_teacher_named_by_its_weights_and_a_summary(trained: Path
     validated = [line for line in RunFolder(trained).metrics() if "val/kld" in line]
     assert len(validated) == 2 and min(line["val/kld"] for line in validated) == teacher.facts["metrics"]["kld"]
     assert teacher.facts["gaze"] == {"edition": "simulated", "sigma": 4.0}
+    maps = numpy_load_file(trained / "maps.safetensors")
+    assert len(maps) == 9 and all(m.sum() == pytest.approx(1, abs=1e-4) for m in maps.values())
+    page = (trained / "report" / "index.html").read_text()
+    # nine images in three pictures each, and two curves
+    assert page.count("data:image/jpeg") == 27 and page.count("data:image/svg") == 2 and "one human" in page
     density = teacher.model(torch.zeros(1, 32, 48, 3, dtype=torch.uint8)).exp()
     assert density.sum().item() == pytest.approx(1, abs=1e-5)
 
