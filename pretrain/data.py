@@ -90,7 +90,7 @@ class ViewDataset(Dataset[Batch]):
     def __getitems__(self, positions: list[Position]) -> Batch:
         """Read one batch; unreadable samples are marked, not replaced."""
         count, size, num_views = len(positions), self.image_size, self.num_views
-        images = np.zeros((num_views, count, size, size, 3), dtype=np.uint8)
+        images = np.empty((num_views, count, size, size, 3), dtype=np.uint8)
         boxes = np.tile(np.array([0, 0, 1, 1], dtype=np.float32), (num_views, count, 1))
         flips = np.zeros((num_views, count), dtype=bool)
         colours = np.zeros((num_views, count, NUM_COLOURS), dtype=np.float32)
@@ -102,6 +102,7 @@ class ViewDataset(Dataset[Batch]):
                 sample, drawn, pixels = self._read(position)
             except BadSample as error:
                 bad.append(str(error))
+                images[:, i] = 0
                 continue
             images[:, i], labels[i], valid[i] = pixels, sample.label, True
             for v, view in enumerate(drawn):

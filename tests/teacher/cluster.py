@@ -111,7 +111,7 @@ def _configuration(root: Path) -> str:
         f"SlurmctldPort={free_port()}",
         "SlurmUser=root",
         "SlurmdUser=root",
-        f"AuthInfo=socket={root}/munge.socket",
+        f"AuthInfo=socket={root}/munge.socket,cred_expire=10",
         f"StateSaveLocation={root}/state",
         f"SlurmdSpoolDir={root}/%n",
         f"SlurmctldPidFile={root}/slurmctld.pid",
