@@ -100,7 +100,8 @@ def run_chain(steps: list[Step], *, variables: Mapping[str, str], until: str = "
         made = step.makes.format(**variables)
         heading = f"[{number}/{len(steps)}] {step.title}"
         if glob(made):
-            report(f"{heading}: done before ({made})")
+            if not until:  # a part of a chain, run on the way to something else, speaks only of what it does
+                report(f"{heading}: done before ({made})")
             continue
         report(heading)
         started = time.monotonic()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, OpenUnitInterval, PositiveFloat, PositiveInt
 
@@ -56,6 +56,8 @@ class ModelConfig:
 
     backbone: str = "resnet50"
     """Any timm model with intermediate features: resnet18, resnet50, vit_small_patch16_224, ..."""
+    backbone_options: dict[str, Any] = field(default_factory=dict)
+    """More arguments of timm.create_model, e.g. {output_stride: 8} for a finer grid in the last stages of a ResNet."""
     projector_hidden: PositiveInt = 2048
     """Width of the projection head's hidden layer."""
     projector_out: PositiveInt = 128

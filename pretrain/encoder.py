@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -40,8 +41,8 @@ def write_encoder(directory: Path, backbone: nn.Module, *, config: Config, stude
             "num_classes": 0,
         },
     }
-    if needs_image_size(config.model.backbone):
-        settings["model_args"] = {"img_size": size}
+    if arguments := backbone_arguments(config):
+        settings["model_args"] = arguments
     with atomic_directory(directory) as temporary:
         save_file(_part(student, "backbone."), temporary / WEIGHTS, metadata={"format": "pt"})
         save_file(_part(student, "attention_heads."), temporary / HEADS, metadata={"format": "pt"})
@@ -77,11 +78,12 @@ def encoder_hash(directory: Path) -> str:
     return sha256_of(directory / WEIGHTS)
 
 
-def needs_image_size(name: str) -> bool:
-    """Whether a timm architecture is built for one input size (position embeddings) and wants `img_size`."""
+def backbone_arguments(config: Config) -> dict[str, Any]:
+    """Arguments of timm.create_model: the config's own, and `img_size` where the architecture is built for one size."""
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=0)
-    return getattr(getattr(model, "patch_embed", None), "img_size", None) is not None
+        model = timm.create_model(config.model.backbone, num_classes=0)
+    sized = getattr(getattr(model, "patch_embed", None), "img_size", None) is not None
+    return ({"img_size": config.data.image_size} if sized else {}) | config.model.backbone_options
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

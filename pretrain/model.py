@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine.errors import InputError
 from pretrain.config import Config
-from pretrain.encoder import needs_image_size
+from pretrain.encoder import backbone_arguments
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Student(nn.Module):
 
     def __init__(self, config: Config, *, num_classes: int) -> None:
         super().__init__()
-        self.backbone = build_backbone(config.model.backbone, image_size=config.data.image_size)
+        self.backbone = build_backbone(config)
         width = self.backbone.num_features
         self.projector = self.classifier = None
         if config.contrastive:
@@ -93,21 +93,22 @@ class Student(nn.Module):
         )
 
 
-def build_backbone(name: str, *, image_size: int) -> Any:
+def build_backbone(config: Config) -> Any:
     """A timm model (an nn.Module) without its classifier, from random weights.
 
     Raises:
         InputError: timm has no such model (with its nearest names), or it has no intermediate features.
     """
+    name = config.model.backbone
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
         hint = f"nearest: {', '.join(near)}" if near else "see timm.list_models()"
         raise InputError(f"model.backbone '{name}' is no timm model; {hint}")
-    sized: dict[str, Any] = {"img_size": image_size} if needs_image_size(name) else {}
+    arguments = backbone_arguments(config)
     try:
-        backbone = timm.create_model(name, pretrained=False, num_classes=0, **sized)
-    except (TypeError, AssertionError, ValueError) as error:
-        raise InputError(f"model.backbone '{name}' cannot be built for {image_size} px views: {error}") from error
+        backbone = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+    except (TypeError, AssertionError, ValueError, NotImplementedError) as error:
+        raise InputError(f"model.backbone '{name}' cannot be built with {arguments}: {error}") from error
     if not hasattr(backbone, "forward_intermediates"):
         raise InputError(f"model.backbone '{name}' gives no intermediate features; take e.g. resnet18 or vit_small")
     return backbone

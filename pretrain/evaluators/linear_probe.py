@@ -31,7 +31,7 @@ def linear_probe(subject: Subject, probe: ProbeConfig) -> Result:
     if probe.linear.random_init:
         untrained = copy.copy(subject)
         torch.manual_seed(probe.seed)
-        backbone = build_backbone(subject.config.model.backbone, image_size=subject.config.data.image_size)
+        backbone = build_backbone(subject.config)
         untrained.backbone = backbone.eval().requires_grad_(False).to(subject.device)
         metrics["random_init_top1"], _ = _probe(untrained, probe, train, val)
     protocol = {

@@ -24,12 +24,13 @@ torch.save(a, {output!r})
 """
 
 
-@pytest.mark.parametrize(("name", "more"), [("test_resnet", ""), ("test_vit", ", img_size=32")])
+@pytest.mark.parametrize(("name", "more"), [("test_resnet", ", output_stride=8"), ("test_vit", ", img_size=32")])
 def test_plain_timm_loads_it_both_documented_ways(
     student_config: Callable[..., Path], tmp_path: Path, name: str, more: str
 ) -> None:
     norm = "batch" if name == "test_resnet" else "none"
-    config = student_config(model__backbone=name, model__head_norm=norm, max_steps=2)
+    options = {"output_stride": 8} if name == "test_resnet" else {}
+    config = student_config(model__backbone=name, model__head_norm=norm, model__backbone_options=options, max_steps=2)
     done = run_python(REPOSITORY / "pretrain" / "main.py", "--config", config)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "student" / "encoder"
