@@ -14,17 +14,28 @@ from torch import Tensor, nn
 
 from engine.checkpoint import list_checkpoints, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from engine.errors import InputError, Requeue
-from engine.launch import uses_deepspeed
-from engine.optim import Schedule
-from engine.progress import step_line
+from engine.launch import configure_deepspeed, uses_deepspeed
+from engine.optim import Schedule, build_optimizer, build_schedule
+from engine.progress import report, silent, step_line
 from engine.ranks import Ranks
 from engine.runs import RunFolder
-from engine.settings import LoopConfig
+from engine.settings import LoopConfig, OptimConfig
 from engine.state import load_model_state, load_optimizer_state, model_state, optimizer_state
 from engine.stop import StopRequest
 from engine.tracking import Tracker
 
 Reporter = Callable[[str], None]
+
+# What may differ between two parts of one run: it changes how fast the same result is reached, not the result. The data
+# may have moved; what it holds is compared by its digest (`Training.identity`).
+FREE_KEYS = frozenset({"loop", "runs", "data.shards", "data.labels", "data.train", "data.val"})
+
+
+class TrainingConfig(Protocol):
+    """The part of a program's config that the loop needs."""
+
+    optim: OptimConfig
+    loop: LoopConfig
 
 
 class StepFunction(Protocol):
@@ -115,6 +126,57 @@ class Training:
                 keep=self.config.keep_checkpoints,
             )
         self.ranks.barrier()
+
+
+def start_training(
+    module: nn.Module,
+    *,
+    accelerator: Accelerator,
+    ranks: Ranks,
+    run: RunFolder,
+    config: TrainingConfig,
+    resolved: dict[str, Any],
+    batch_size: int,
+    steps_per_epoch: float,
+    total_steps: int,
+    identity: dict[str, str],
+) -> Training:
+    """Bring `module` and its optimiser under the launcher, claim the run folder, and open the tracker.
+
+    Args:
+        resolved: the program's config as nested plain values, for the run folder and the tracker.
+        batch_size: over all ranks.
+        identity: see `Training`.
+
+    Raises:
+        InputError: the run folder belongs to another config, or optimiser and launcher do not go together.
+    """
+    optimizer = build_optimizer(module, config.optim, accelerator=accelerator)
+    ranks.on_main(lambda: run.claim(resolved, free=FREE_KEYS))
+    configure_deepspeed(accelerator, local_batch=batch_size // ranks.world_size, clip_norm=config.optim.clip_norm)
+    prepared, prepared_optimizer = accelerator.prepare(module, optimizer)
+    prepared.train()
+    tracker = None
+    if ranks.is_main:
+        tracker = Tracker(run, backend=config.loop.tracker, project=config.loop.project, config=resolved)
+    return Training(
+        accelerator=accelerator,
+        ranks=ranks,
+        run=run,
+        tracker=tracker,
+        module=prepared,
+        optimizer=prepared_optimizer,
+        schedule=build_schedule(
+            config.optim, batch_size=batch_size, steps_per_epoch=steps_per_epoch, total_steps=total_steps
+        ),
+        config=config.loop,
+        total_steps=total_steps,
+        batch_size=batch_size,
+        clip_norm=config.optim.clip_norm,
+        identity=identity,
+        extra={},
+        report=report if ranks.is_main else silent,
+    )
 
 
 Hook = Callable[[int], None]

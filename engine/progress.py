@@ -65,6 +65,10 @@ def report(line: str) -> None:
     sys.stdout.flush()
 
 
+def silent(line: str) -> None:
+    """What the other ranks call instead of `report`."""
+
+
 def duration(seconds: float) -> str:
     """Seconds as `1h02m`, `3m20s` or `12s`."""
     whole = int(max(seconds, 0))

@@ -1,19 +1,18 @@
 """From shards to batches of views: the data set that the loader's workers run, and the loader itself."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from engine.errors import InputError
+from engine.loading import TensorBatch, make_loader
 from engine.settings import LoopConfig
-from engine.stop import ignore_stop_signals
 from pretrain.config import DataConfig, ViewsConfig
 from pretrain.views import NUM_COLOURS, View, cut_views, draw_view, view_generator
 from shards.decode import image_size
@@ -24,7 +23,7 @@ Position = tuple[int, int, int]  # epoch, shard, row
 
 
 @dataclass
-class Batch:
+class Batch(TensorBatch):
     """One rank's samples of one step. Views come first: `(num_views, batch, ...)`.
 
     Attributes:
@@ -46,18 +45,6 @@ class Batch:
     labels: Tensor
     valid: Tensor
     bad: list[str]
-
-    def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on `device`."""
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in self._tensors().items()})
-
-    def pin_memory(self) -> "Batch":
-        """The batch in page-locked memory; the loader calls it where there is a GPU."""
-        return replace(self, **{k: v.pin_memory() for k, v in self._tensors().items()})
-
-    def _tensors(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def find_label_set(path: Path) -> Path:
@@ -135,13 +122,6 @@ class ViewDataset(Dataset[Batch]):
             raise BadSample(sample.key, f"shard {shard}", str(error)) from error
 
 
-def single_thread_worker(worker_id: int) -> None:
-    """One thread per worker: the workers are the parallelism, and OpenCV's own threads would fight over the cores."""
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    ignore_stop_signals(worker_id)
-
-
 def view_batches(
     dataset: ViewDataset,
     *,
@@ -163,45 +143,4 @@ def view_batches(
         start_step=start_step,
         stop_step=stop_step,
     )
-    workers: dict[str, Any] = {}
-    if loop.num_workers:
-        workers = {"worker_init_fn": single_thread_worker, "prefetch_factor": 4, "persistent_workers": False}
-    loader = DataLoader(
-        dataset,
-        batch_sampler=steps,
-        collate_fn=_as_it_is,
-        num_workers=loop.num_workers,
-        pin_memory=torch.cuda.is_available(),
-        **workers,
-    )
-    return iter(loader)
-
-
-class BadSampleCount:
-    """Counts unreadable samples and stops the run when they are too many.
-
-    The count lives in the checkpoint's `extra`, so it survives a resume.
-    """
-
-    def __init__(self, extra: dict[str, Any], *, max_fraction: float) -> None:
-        self.extra, self.max_fraction = extra, max_fraction
-        self.extra.setdefault("num_bad", 0)
-
-    def add(self, reasons: list[str], *, num_read: int) -> list[str]:
-        """Add the bad samples of all ranks; `num_read` samples were read since the run began.
-
-        Raises:
-            InputError: more than `max_fraction` of them were bad, and more than one.
-        """
-        self.extra["num_bad"] += len(reasons)
-        num_bad = self.extra["num_bad"]
-        if num_bad > max(1, self.max_fraction * num_read):
-            raise InputError(
-                f"{num_bad} of {num_read} samples could not be read (data.max_bad_fraction {self.max_fraction}); "
-                f"the last: {reasons[-1] if reasons else 'before the resume'}; run shards/verify.py on the shards"
-            )
-        return reasons
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    return iter(make_loader(dataset, steps, num_workers=loop.num_workers))

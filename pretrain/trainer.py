@@ -6,24 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import InputError
-from engine.launch import build_accelerator, configure_deepspeed, local_batch_size
-from engine.loop import Training, fit
-from engine.optim import build_optimizer, build_schedule
+from engine.launch import build_accelerator, local_batch_size, uses_deepspeed
+from engine.loading import counted
+from engine.loop import Training, fit, start_training
 from engine.program import config_to_dict
-from engine.progress import report
 from engine.ranks import Ranks
 from engine.runs import RunFolder, check_run_name
-from engine.tracking import Tracker
 from pretrain.config import Config
-from pretrain.data import BadSampleCount, Batch, ViewDataset, find_label_set, view_batches
+from pretrain.data import Batch, ViewDataset, find_label_set, view_batches
 from pretrain.encoder import write_encoder
 from pretrain.model import Student, input_statistics
 from pretrain.objective import Objective, memory_format
 from pretrain.prepare import prepare_sample
 from shards.reader import BadSample, ShardSet
-
-# What may differ between two parts of one run: it changes how fast the same result is reached, not the result.
-FREE_KEYS = frozenset({"loop", "runs", "data.shards", "data.labels"})
 
 
 @dataclass(frozen=True)
@@ -113,47 +108,33 @@ def train(config: Config) -> RunFolder:
     ranks.on_main(lambda: prepare_sample(config))
     shards = open_data(config)
     plan = make_plan(config, num_samples=shards.num_samples, world_size=ranks.world_size)
-    student = Student(config, num_classes=len(shards.classes)).to(memory_format=memory_format(config))
-    statistics = input_statistics(student.backbone)
-    optimizer = build_optimizer(student, config.optim, accelerator=accelerator)
-    run = RunFolder(config.runs / config.run)
-    resolved = config_to_dict(config)
-    ranks.on_main(lambda: run.claim(resolved, free=FREE_KEYS))
-    configure_deepspeed(accelerator, local_batch=plan.local_batch, clip_norm=config.optim.clip_norm)
-    module, prepared = accelerator.prepare(student, optimizer)
-    module.train()
-    tracker = None
-    if ranks.is_main:
-        tracker = Tracker(run, backend=config.loop.tracker, project=config.loop.project, config=resolved)
-    training = Training(
+    student = Student(config, num_classes=len(shards.classes))
+    if not uses_deepspeed(accelerator):  # it flattens the weights, and fails on those that are channels-last
+        student = student.to(memory_format=memory_format(config))
+    training = start_training(
+        student,
         accelerator=accelerator,
         ranks=ranks,
-        run=run,
-        tracker=tracker,
-        module=module,
-        optimizer=prepared,
-        schedule=build_schedule(
-            config.optim,
-            batch_size=config.data.batch_size,
-            steps_per_epoch=plan.steps_per_epoch,
-            total_steps=plan.total_steps,
-        ),
-        config=config.loop,
-        total_steps=plan.total_steps,
+        run=RunFolder(config.runs / config.run),
+        config=config,
+        resolved=config_to_dict(config),
         batch_size=config.data.batch_size,
-        clip_norm=config.optim.clip_norm,
+        steps_per_epoch=plan.steps_per_epoch,
+        total_steps=plan.total_steps,
         identity=_identity(shards),
-        extra={},
-        report=report if ranks.is_main else _silent,
     )
     with training:
         start = training.resume()
-        objective = Objective(module, config, statistics, accelerator.device)
-        batches = _batches(config, shards, ranks=ranks, start=start, plan=plan)
-        count = BadSampleCount(training.extra, max_fraction=config.data.max_bad_fraction)
-        fit(training, _counted(batches, training, count, start=start), objective, start_step=start)
+        objective = Objective(training.module, config, input_statistics(student.backbone), accelerator.device)
+        batches = counted(
+            _batches(config, shards, ranks=ranks, start=start, plan=plan),
+            training,
+            start=start,
+            max_fraction=config.data.max_bad_fraction,
+        )
+        fit(training, batches, objective, start_step=start)
         _finish(training, student, config=config, shards=shards)
-    return run
+    return training.run
 
 
 def make_dataset(config: Config, shards: ShardSet) -> ViewDataset:
@@ -191,19 +172,6 @@ def _identity(shards: ShardSet) -> dict[str, str]:
     return {"shards": shards.digest} | ({"labels": labels.digest} if labels is not None else {})
 
 
-def _counted(batches: Iterator[Batch], training: Training, count: BadSampleCount, *, start: int) -> Iterator[Batch]:
-    """Count bad samples over all ranks as the batches go by, so that all ranks stop together."""
-    for step, batch in enumerate(batches, start=start):
-        if not training.ranks.any(bool(batch.bad)):
-            yield batch
-            continue
-        reasons = [reason for part in training.ranks.gather(batch.bad) for reason in part]
-        for reason in reasons:
-            training.report(f"bad sample at step {step}: {reason}")
-        count.add(reasons, num_read=(step + 1) * training.batch_size)
-        yield batch
-
-
 def _finish(training: Training, student: Student, *, config: Config, shards: ShardSet) -> None:
     run, step = training.run, training.total_steps
     state = training.weights()
@@ -230,7 +198,3 @@ def _first_readable(shards: ShardSet) -> Any:
             except BadSample:
                 continue
     raise InputError(f"{shards.root}: no sample of the first rows of any shard can be read; run shards/verify.py on it")
-
-
-def _silent(line: str) -> None:
-    return None

@@ -37,7 +37,7 @@ def write_control(
     """
     if kind not in CONTROLS:
         raise InputError(f"control {kind!r}: give one of {', '.join(CONTROLS)}")
-    source = ShardSet(images.root, labels=labels)
+    source = ShardSet(images.root, labels=labels, remote=images.remote)
     assert source.label_manifest is not None  # labels were given
     teacher, settings = (dict(source.label_manifest.extra[key]) for key in ("teacher", "settings"))
     directory = Path(root) / (str(teacher["hash"])[:16] + (f"-shuffled-{seed}" if kind == "shuffled" else f"-{kind}"))

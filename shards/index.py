@@ -132,13 +132,18 @@ def read_index(path: Path, *, sha256: str | None = None) -> ShardIndex:
         data = read_plain(path)
     except OSError as error:
         raise IndexFault(f"{path.name}: {error.strerror or error}") from error
+    return parse_index(data, name=path.name, sha256=sha256)
+
+
+def parse_index(data: bytes, *, name: str, sha256: str | None = None) -> ShardIndex:
+    """Check an index that has been read; `name` is for messages. See `read_index`."""
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise IndexFault(f"{path.name}: its SHA-256 is not the manifest's")
+        raise IndexFault(f"{name}: its SHA-256 is not the manifest's")
     try:
         metadata = _metadata(data)
         index = _assemble(load_arrays(data), metadata)
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError, AttributeError) as error:
-        raise IndexFault(f"{path.name}: damaged index ({type(error).__name__}: {str(error)[:120]})") from error
+        raise IndexFault(f"{name}: damaged index ({type(error).__name__}: {str(error)[:120]})") from error
     return index
 
 

@@ -14,11 +14,12 @@ import numpy as np
 
 from attention.maps import encode_map_np
 from engine.errors import InputError
-from shards.index import IndexFault, read_index
+from shards.index import IndexFault
+from shards.location import local_folder
 from shards.manifest import Manifest, ShardRecord, make_manifest, write_manifest
 from shards.reader import ShardSet
 from shards.tar import TarError
-from shards.writer import ShardWriter, index_path, is_complete, record_of
+from shards.writer import ShardWriter, is_complete, record_of
 
 MAP = "map.png"
 ENCODING = "sqrt8"
@@ -49,7 +50,7 @@ def _png(codes: np.ndarray) -> bytes:
 
 def label_shard_path(directory: Path | str, images: ShardSet, shard: int) -> Path:
     """Tar of the labels of one image shard."""
-    return Path(directory) / images.manifest.files[shard]
+    return local_folder(directory, what="a label set") / images.manifest.files[shard]
 
 
 def labels_complete(directory: Path | str, images: ShardSet, shard: int) -> bool:
@@ -106,7 +107,7 @@ def seal_labels(
     Raises:
         InputError: shards are missing or damaged, or hold other keys than the images.
     """
-    directory = Path(directory)
+    directory = local_folder(directory, what="a label set")
     count = images.manifest.num_shards
     missing = [shard for shard in range(count) if not labels_complete(directory, images, shard)]
     if missing:
@@ -135,8 +136,9 @@ def seal_labels(
 
 def stored_keys(images: ShardSet, shard: int) -> list[str]:
     """All keys of an image shard, quarantined ones included: label rows follow the rows on disk."""
-    path = images.root / images.manifest.files[shard]
     try:
-        return read_index(index_path(path), sha256=images.manifest.hash_of(shard, "index_sha256")).keys()
+        return images.stored_keys(shard)
     except IndexFault as error:
-        raise InputError(f"{path}: {error}: run python shards/verify.py {images.root}") from error
+        raise InputError(
+            f"{images.root}/{images.manifest.files[shard]}: {error}: run python shards/verify.py {images.root}"
+        ) from error

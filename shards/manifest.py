@@ -12,10 +12,11 @@ import numpy as np
 
 from engine.errors import InputError
 from engine.files import atomic_write
-from shards.plain import read_plain
+from shards.folder import Folder, LocalFolder, open_folder
 
 SCHEMA = 1
 FILE_NAME = "manifest.json"
+MIN_HASH_CHARACTERS = 8
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.tar")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
@@ -122,20 +123,21 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     atomic_write(Path(directory) / FILE_NAME, f'{text[:-2]},\n "shards": [\n  {body}\n ]\n}}\n'.encode())
 
 
-def read_manifest(directory: Path | str, *, kind: str | None = None) -> Manifest:
-    """Read and check `manifest.json`.
+def read_manifest(where: Path | str | Folder, *, kind: str | None = None) -> Manifest:
+    """Read and check `manifest.json` of the set at a path or URL.
 
     Args:
         kind: `images` or `labels` where only that kind will do.
 
     Raises:
-        InputError: no manifest, damaged or hostile content, another schema, another kind.
+        InputError: no manifest, damaged or hostile content, another schema, another kind, a server that fails.
     """
-    path = Path(directory) / FILE_NAME
+    folder = open_folder(where) if isinstance(where, Path | str) else where
+    path = f"{folder.where}/{FILE_NAME}"
     try:
-        data = read_plain(path)
+        data = folder.read(FILE_NAME)
     except FileNotFoundError:
-        raise InputError(_missing(Path(directory))) from None
+        raise InputError(_missing(folder)) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from error
     try:
@@ -150,12 +152,14 @@ def read_manifest(directory: Path | str, *, kind: str | None = None) -> Manifest
     return manifest
 
 
-def _missing(directory: Path) -> str:
-    if not directory.exists():
-        return f"{directory}: no such folder: pack a set first (python shards/pack.py --help) or correct the path"
-    if not directory.is_dir():
-        return f"{directory}: not a folder: give the folder that holds {FILE_NAME}"
-    return f"{directory}: no {FILE_NAME} in it: the set is not complete; run the program that writes it again"
+def _missing(folder: Folder) -> str:
+    if isinstance(folder, LocalFolder):
+        directory = folder.where
+        if not directory.exists():
+            return f"{directory}: no such folder: pack a set first (python shards/pack.py --help) or correct the path"
+        if not directory.is_dir():
+            return f"{directory}: not a folder: give the folder that holds {FILE_NAME}"
+    return f"{folder.where}: no {FILE_NAME} in it: the set is not complete; run the program that writes it again"
 
 
 def _parse(raw: Any) -> Manifest:
@@ -212,8 +216,11 @@ def _hash_array(texts: list[Any]) -> np.ndarray:
     return np.frombuffer(bytes.fromhex("".join(texts)), dtype=np.uint8).reshape(len(texts), 32)
 
 
-def check_labels(path: Path, labels: Manifest, images: Manifest, *, teacher_hash: str | None = None) -> None:
+def check_labels(where: Path | str, labels: Manifest, images: Manifest, *, teacher_hash: str | None = None) -> None:
     """Refuse labels that were not written for these images or by this teacher.
+
+    Args:
+        teacher_hash: the teacher's checkpoint hash or its first characters, at least 8; None accepts any teacher.
 
     Raises:
         InputError: what differs, and what to do.
@@ -223,15 +230,20 @@ def check_labels(path: Path, labels: Manifest, images: Manifest, *, teacher_hash
     same_keys = np.array_equal(labels.hashes["keys_digest"], images.hashes["keys_digest"])
     if digest != images.digest or labels.files != images.files or not same_keys:
         raise InputError(
-            f"{path}: these labels belong to another image set (they name {str(digest)[:12]}, the images are "
+            f"{where}: these labels belong to another image set (they name {str(digest)[:12]}, the images are "
             f"{images.digest[:12]}): label this set, or give the folder of its labels"
         )
     if not np.array_equal(labels.num_samples_of, images.num_samples_of):
-        raise InputError(f"{path}: the label shards have other sample counts than the images: write them again")
+        raise InputError(f"{where}: the label shards have other sample counts than the images: write them again")
     teacher = labels.extra.get("teacher")
     written_by = teacher.get("hash") if isinstance(teacher, dict) else None
-    if teacher_hash is not None and written_by != teacher_hash:
+    if teacher_hash is not None and len(teacher_hash) < MIN_HASH_CHARACTERS:
         raise InputError(
-            f"{path}: written by teacher {str(written_by)[:12]}, but teacher {teacher_hash[:12]} is asked for: "
+            f"teacher hash {teacher_hash!r}: give at least its first {MIN_HASH_CHARACTERS} characters; these labels "
+            f"were written by {str(written_by)[:16]}"
+        )
+    if teacher_hash is not None and not (isinstance(written_by, str) and written_by.startswith(teacher_hash)):
+        raise InputError(
+            f"{where}: written by teacher {str(written_by)[:12]}, but teacher {teacher_hash[:12]} is asked for: "
             "label the images with that teacher, or correct the hash"
         )

@@ -14,6 +14,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveFloa
 
 from engine.errors import InputError
 from engine.program import run_program
+from shards.location import local_folder
 from shards.manifest import FILE_NAME, Manifest, make_manifest, read_manifest, write_manifest
 from shards.packing import Job, Skipped, available_cores, exclusive, write_shards
 from shards.payload import gaze_of
@@ -93,6 +94,7 @@ def pack(source: Source, output: Path | str, **options: Any) -> Manifest:
 def _plan(config: PackConfig, source: Source) -> Plan:
     if not config.output:
         raise InputError("output: no folder given: set --output to a new folder for the shards")
+    local_folder(config.output, what="a packed set")
     if config.quality > MAX_QUALITY:
         raise InputError(f"quality: {config.quality} is above {MAX_QUALITY}: give 1 to {MAX_QUALITY}")
     return make_plan(

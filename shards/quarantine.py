@@ -10,8 +10,9 @@ import numpy as np
 
 from engine.errors import InputError
 from engine.files import atomic_write
+from shards.fetch import DeniedFile, RemoteFault
+from shards.folder import Folder, open_folder
 from shards.manifest import Manifest
-from shards.plain import read_plain
 
 SCHEMA = 1
 FILE_NAME = "quarantine.json"
@@ -34,15 +35,16 @@ def write_quarantine(directory: Path, manifest: Manifest, entries: Sequence[BadE
     atomic_write(directory / FILE_NAME, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_quarantine(directory: Path, manifest: Manifest) -> list[BadEntry]:
-    """The list of a set; empty when there is none.
+def read_quarantine(where: Path | str | Folder, manifest: Manifest) -> list[BadEntry]:
+    """The list of the set at a path or URL; empty when there is none.
 
     Raises:
         InputError: damaged list, or the list of another set.
     """
-    path = directory / FILE_NAME
+    folder = open_folder(where) if isinstance(where, Path | str) else where
+    path = f"{folder.where}/{FILE_NAME}"
     try:
-        raw = json.loads(read_plain(path))
+        raw = json.loads(folder.read(FILE_NAME))
         if raw["schema"] != SCHEMA or raw["digest"] != manifest.digest:
             raise ValueError("it belongs to another set or version")
         entries = [BadEntry(e["shard"], e["row"], str(e["key"]), str(e["reason"])) for e in raw["samples"]]
@@ -51,8 +53,11 @@ def read_quarantine(directory: Path, manifest: Manifest) -> list[BadEntry]:
                 raise ValueError("shard or row is no integer")
             if not (0 <= entry.shard < manifest.num_shards and 0 <= entry.row < manifest.num_samples_of[entry.shard]):
                 raise ValueError("an entry lies outside the set")
-    except FileNotFoundError:
+    except (FileNotFoundError, DeniedFile):
+        # The manifest of this folder was readable; a bucket that may not be listed says "denied" of what is not there.
         return []
+    except RemoteFault:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path}: unusable list of bad samples ({str(error)[:100]}): delete it and run shards/verify.py --repair"

@@ -60,7 +60,7 @@ def scan(file: BinaryIO, *, foreign: bool = False) -> Iterator[Member]:
         if header == bytes(BLOCK):
             _check_tail(file, position, total)
             return
-        info = _parse(header, position)
+        info = parse_header(header, position)
         payload = position + BLOCK
         size = info.size if long_size is None else long_size
         if size < 0 or payload + size > total:
@@ -78,7 +78,12 @@ def scan(file: BinaryIO, *, foreign: bool = False) -> Iterator[Member]:
             raise TarError(f"member {name[:80]!r} is not a plain file (type {info.type!r})")
 
 
-def _parse(header: bytes, position: int) -> tarfile.TarInfo:
+def parse_header(header: bytes, position: int = 0) -> tarfile.TarInfo:
+    """One header block, its checksum compared; `position` is for messages.
+
+    Raises:
+        TarError: damaged.
+    """
     try:
         return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except (tarfile.TarError, ValueError, OverflowError) as error:

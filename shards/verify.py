@@ -22,6 +22,8 @@ from rich.table import Table
 from engine.errors import InputError
 from engine.program import run_program
 from engine.progress import ProgressBar
+from shards.folder import open_folder
+from shards.location import is_remote, url_of
 from shards.manifest import FILE_NAME, Manifest, check_labels, read_manifest
 from shards.packing import available_cores
 from shards.quarantine import BadEntry, read_quarantine, write_quarantine
@@ -35,9 +37,9 @@ class VerifyConfig:
     """Options of `shards/verify.py`."""
 
     path: str = ""
-    """Folder of a set, or a folder that holds sets; may be given without --path as the first argument."""
+    """Folder or URL of a set, or a folder that holds sets; may be given without --path as the first argument."""
     images: str = ""
-    """For label sets: the folder of the images they belong to. Image sets found under `path` are tried on their own."""
+    """For label sets: the folder or URL of their images. Image sets found under `path` are tried on their own."""
     decode: bool = True
     """Decode every image; without, only headers and checksums are checked."""
     repair: bool = False
@@ -50,7 +52,7 @@ class VerifyConfig:
 class SetReport:
     """What was found in one set; `known` counts samples that were quarantined before, which are no fault."""
 
-    root: Path
+    root: Path | str
     manifest: Manifest
     shards: list[ShardReport]
     faults: list[str]
@@ -90,20 +92,24 @@ def check(config: VerifyConfig) -> list[str]:
     return [f"{root}: {read_manifest(root).num_samples} samples" for root in _find_sets(config)]
 
 
-def _find_sets(config: VerifyConfig) -> list[Path]:
+def _find_sets(config: VerifyConfig) -> list[Path | str]:
     if not config.path:
         raise InputError("path: no folder given: python shards/verify.py DIRECTORY")
+    if is_remote(config.path):
+        if config.repair:
+            raise InputError(f"{url_of(config.path)}: only local sets can be repaired: repair the original and copy it")
+        return [url_of(config.path)]
     root = Path(config.path)
     if (root / FILE_NAME).exists() or not root.is_dir():
         return [root]  # a path that is no folder is refused when its manifest is read
     found = sorted({path.parent for pattern in (FILE_NAME, "shard-*.tar") for path in root.rglob(pattern)})
-    return found or [root]
+    return [*found] or [root]
 
 
 def _verify(
-    root: Path, manifest: Manifest, images: dict[str, Manifest], config: VerifyConfig, bar: ProgressBar
+    root: Path | str, manifest: Manifest, images: dict[str, Manifest], config: VerifyConfig, bar: ProgressBar
 ) -> SetReport:
-    work = partial(check_shard, root, manifest, decode=config.decode)
+    work = partial(check_shard, open_folder(root), manifest, decode=config.decode)
     context = multiprocessing.get_context("fork")
     workers = max(1, min(config.workers or available_cores(), manifest.num_shards))
     shards = []
@@ -117,7 +123,7 @@ def _verify(
     repeated = len(hashes) - len(np.unique(hashes))
     if repeated:
         result.faults.append(f"{repeated} keys occur more than once")
-    strays = {path.name for path in root.glob("*.tar")} - set(manifest.files)
+    strays = {path.name for path in root.glob("*.tar")} - set(manifest.files) if isinstance(root, Path) else set()
     result.faults += [f"{name} is not in the manifest" for name in sorted(strays)[:MAX_LINES]]
     if manifest.kind == "labels":
         result.faults += _label_faults(root, manifest, images)
@@ -135,7 +141,7 @@ def _forgive_quarantined(report: SetReport) -> None:
             shard.faults = []
 
 
-def _label_faults(root: Path, manifest: Manifest, images: dict[str, Manifest]) -> list[str]:
+def _label_faults(root: Path | str, manifest: Manifest, images: dict[str, Manifest]) -> list[str]:
     named = manifest.extra.get("images")
     digest = named.get("digest") if isinstance(named, dict) else None
     if digest not in images:
@@ -149,16 +155,17 @@ def _label_faults(root: Path, manifest: Manifest, images: dict[str, Manifest]) -
 
 def _repair(report: SetReport) -> int:
     """Repair what can be repaired. Returns the faults that are left."""
+    root = Path(report.root)
     left = len(report.faults)
     for shard in report.shards:
         whole = shard.faults and len(shard.bad) == shard.num_samples
-        if whole and rebuild_index(report.root, report.manifest, shard.shard):
-            again = check_shard(report.root, report.manifest, shard.shard, decode=True)
+        if whole and rebuild_index(root, report.manifest, shard.shard):
+            again = check_shard(open_folder(root), report.manifest, shard.shard, decode=True)
             shard.faults, shard.bad = again.faults, again.bad
         left += len(shard.faults) if not shard.bad else 0
     if report.bad:
-        old = read_quarantine(report.root, report.manifest)
-        write_quarantine(report.root, report.manifest, old + report.bad)
+        old = read_quarantine(root, report.manifest)
+        write_quarantine(root, report.manifest, old + report.bad)
         sys.stdout.write(f"{report.root}: {len(report.bad)} samples added to quarantine.json\n")
     return left
 
@@ -180,7 +187,7 @@ def _print(reports: list[SetReport]) -> None:
     lines = [f"{report.root}: {fault}" for report in reports for fault in report.faults]
     for report in reports:
         for shard in report.shards:
-            name = f"{report.root / report.manifest.files[shard.shard]}"
+            name = f"{report.root}/{report.manifest.files[shard.shard]}"
             lines += [f"{name}: {fault}" for fault in shard.faults]
             lines += [f"{name}: row {row} {key[:80]!r}: {reason}" for row, (key, reason) in sorted(shard.bad.items())]
     width = None if sys.stdout.isatty() else max(160, 80 + max(len(str(report.root)) for report in reports))

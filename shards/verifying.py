@@ -12,9 +12,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from shards.decode import decode_map_png, decode_rgb, image_size
-from shards.index import IndexFault, ShardIndex, read_index, write_index
+from shards.folder import Folder
+from shards.index import IndexFault, ShardIndex, write_index
 from shards.manifest import Manifest
-from shards.plain import open_plain
+from shards.opening import read_shard_index
 from shards.tar import TarError, scan
 from shards.writer import LABEL, index_of_tar, index_path
 
@@ -35,20 +36,21 @@ class ShardReport:
     key_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
 
 
-def check_shard(root: Path, manifest: Manifest, shard: int, *, decode: bool) -> ShardReport:
+def check_shard(folder: Folder, manifest: Manifest, shard: int, *, decode: bool) -> ShardReport:
     """Compare one shard with the manifest, its index with its tar, and every sample with what the index says.
 
     Args:
         decode: also decode every image.
     """
     report = ShardReport(shard, int(manifest.num_samples_of[shard]))
-    path = root / manifest.files[shard]
+    name = manifest.files[shard]
     try:
-        index = read_index(index_path(path), sha256=manifest.hash_of(shard, "index_sha256"))
+        index = read_shard_index(folder, manifest, shard)
         _compare_index(index, manifest, shard)
-        file = open(open_plain(path), "rb")  # noqa: SIM115 - closed by the block below
+        size, sha256 = int(manifest.num_bytes_of[shard]), manifest.hash_of(shard, "sha256")
+        file = folder.whole(name, num_bytes=size, sha256=sha256)
     except (IndexFault, OSError) as error:
-        reason = str(error) if isinstance(error, IndexFault) else f"{path.name}: {error.strerror}"
+        reason = str(error) if isinstance(error, IndexFault) else f"{name}: {error.strerror}"
         report.faults.append(reason)
         report.bad = {row: ("", f"whole shard unreadable: {reason}") for row in range(report.num_samples)}
         return report

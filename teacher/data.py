@@ -2,16 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from attention.maps import inside_image
-from engine.stop import ignore_stop_signals
+from engine.loading import TensorBatch, make_loader
 from shards.decode import decode_rgb, image_size
 from shards.gaze import GazeTarget, parse_target
 from shards.order import SampleOrder, StepBatches
@@ -23,7 +22,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 @dataclass
-class GazeBatch:
+class GazeBatch(TensorBatch):
     """One rank's samples of one step.
 
     Attributes:
@@ -39,21 +38,6 @@ class GazeBatch:
     counts: Tensor
     valid: Tensor
     bad: list[str]
-
-    def to(self, device: torch.device) -> "GazeBatch":
-        """The batch with its tensors on `device`."""
-        return self._with([tensor.to(device, non_blocking=True) for tensor in self._tensors()])
-
-    def pin_memory(self) -> "GazeBatch":
-        """The batch in page-locked memory; the loader calls it where there is a GPU."""
-        return self._with([tensor.pin_memory() for tensor in self._tensors()])
-
-    def _tensors(self) -> list[Tensor]:
-        return [self.images, self.maps, self.counts, self.valid]
-
-    def _with(self, tensors: list[Tensor]) -> "GazeBatch":
-        images, maps, counts, valid = tensors
-        return GazeBatch(images, maps, counts, valid, self.bad)
 
 
 @dataclass(frozen=True)
@@ -204,35 +188,6 @@ def count_fixations(target: GazeTarget, grid: tuple[int, int]) -> np.ndarray:
     return counts
 
 
-def single_thread_worker(worker_id: int) -> None:
-    """One thread per worker: the workers are the parallelism, and OpenCV's own threads would fight over the cores."""
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    ignore_stop_signals(worker_id)
-
-
-def make_loader(dataset: Dataset[Any], batches: Any, *, num_workers: int) -> DataLoader[Any]:
-    """A loader of whole batches, read ahead by `num_workers` processes.
-
-    Args:
-        batches: batch sampler.
-    """
-    workers: dict[str, Any] = {}
-    if num_workers:
-        workers = {"worker_init_fn": single_thread_worker, "prefetch_factor": 4}
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=_identity,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        # a generator of its own: else every loader takes a number from torch's global one, and a resumed run, which
-        # makes its loaders anew, would not end in the same bits
-        generator=torch.Generator(),
-        **workers,
-    )
-
-
 def training_batches(
     dataset: GazeDataset,
     *,
@@ -254,7 +209,3 @@ def training_batches(
         stop_step=stop_step,
     )
     return iter(make_loader(dataset, steps, num_workers=num_workers))
-
-
-def _identity(batch: Any) -> Any:
-    return batch

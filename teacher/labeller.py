@@ -17,13 +17,14 @@ from torch.utils.data import Dataset
 from engine.environment import environment
 from engine.errors import InputError
 from engine.files import atomic_write
+from engine.loading import make_loader
 from engine.progress import ProgressBar, report
 from shards.controls import CONTROLS, write_control
 from shards.decode import image_size
 from shards.gaze import resize_density
 from shards.labels import encode_label, label_directory, labels_complete, seal_labels, write_label_shard
 from shards.reader import BadSample, ShardSet
-from teacher.data import load_image, make_loader
+from teacher.data import load_image
 from teacher.label_config import LabelConfig
 from teacher.saved import SavedTeacher, load_teacher
 

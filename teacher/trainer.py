@@ -1,23 +1,20 @@
 """Puts a teacher's training together from its config, and checks it without training."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from attention.losses import weighted_loss
 from engine.errors import InputError
-from engine.launch import build_accelerator, configure_deepspeed, local_batch_size
-from engine.loop import Training, fit
-from engine.optim import build_optimizer, build_schedule
+from engine.launch import build_accelerator, local_batch_size, uses_deepspeed
+from engine.loading import counted
+from engine.loop import Training, fit, start_training
 from engine.program import config_to_dict
-from engine.progress import report
 from engine.ranks import Ranks
 from engine.runs import RunFolder, check_run_name
-from engine.tracking import Tracker
 from shards.gaze import METRICS, check_gaze, gaze_sigma, load_targets
 from shards.reader import ShardSet
 from teacher.average import Teacher
@@ -29,9 +26,6 @@ from teacher.pretrained import load_pretrained
 from teacher.report import table_lines, write_maps, write_page
 from teacher.saved import load_teacher
 from teacher.validation import EarlyStop, Validation
-
-# What may differ between two parts of one run: it changes how fast the same result is reached, not the result.
-FREE_KEYS = frozenset({"loop", "runs", "data.train", "data.val"})
 
 
 @dataclass
@@ -105,12 +99,15 @@ def open_data(config: Config) -> tuple[ShardSet, ShardSet]:
     return train, val
 
 
-def build_teacher(config: Config) -> Teacher:
+def build_teacher(config: Config, *, accelerator: Accelerator) -> Teacher:
     """The model from random or given weights, in channels-last order, as images come."""
     model = SaliencyModel(config.model, image_size=config.data.image_size)
     if config.model.pretrained is not None:
         load_pretrained(model, config.model)
-    return Teacher(model, decay=config.ema).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = Teacher(model, decay=config.ema)
+    if uses_deepspeed(accelerator):
+        return teacher  # DeepSpeed views weights as bytes, which it cannot in that order
+    return teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def check(config: Config) -> list[str]:
@@ -119,7 +116,7 @@ def check(config: Config) -> list[str]:
     accelerator = build_accelerator(precision=config.precision, seed=config.seed)
     train, val = open_data(config)
     plan = make_plan(config, num_samples=train.num_samples, world_size=accelerator.num_processes)
-    teacher = build_teacher(config)
+    teacher = build_teacher(config, accelerator=accelerator)
     counts = [sum(t.num_inside for t in load_targets(shards)) for shards in (train, val)]
     (height, width), grid = config.data.image_size, teacher.model.grid
     return [
@@ -145,55 +142,26 @@ def train(config: Config) -> RunFolder:
     ranks = Ranks()
     train_set, val_set = open_data(config)
     plan = make_plan(config, num_samples=train_set.num_samples, world_size=ranks.world_size)
-    teacher = build_teacher(config)
-    run = RunFolder(config.runs / config.run)
-    resolved = config_to_dict(config)
-    ranks.on_main(lambda: run.claim(resolved, free=FREE_KEYS))
-    training = _prepare(config, teacher, plan=plan, run=run, ranks=ranks, accelerator=accelerator)
-    training.identity = {"train": train_set.digest, "val": val_set.digest}
+    teacher = build_teacher(config, accelerator=accelerator)
+    training = start_training(
+        teacher,
+        accelerator=accelerator,
+        ranks=ranks,
+        run=RunFolder(config.runs / config.run),
+        config=config,
+        resolved=config_to_dict(config),
+        batch_size=config.data.batch_size,
+        steps_per_epoch=plan.steps_per_epoch,
+        total_steps=plan.total_steps,
+        identity={"train": train_set.digest, "val": val_set.digest},
+    )
     with training:
         start = training.resume()
         validation = Validation(training, config, val_set, train_digest=train_set.digest)
         if "stopped_after" not in training.extra:
             _fit(training, config, teacher, plan=plan, start=start, shards=train_set, validation=validation)
         _finish(training, validation)
-    return run
-
-
-def _prepare(
-    config: Config, teacher: Teacher, *, plan: Plan, run: RunFolder, ranks: Ranks, accelerator: Any
-) -> Training:
-    """Model and optimiser under the launcher, and all else that the loop needs."""
-    optimizer = build_optimizer(teacher, config.optim, accelerator=accelerator)
-    configure_deepspeed(accelerator, local_batch=plan.local_batch, clip_norm=config.optim.clip_norm)
-    module, prepared = accelerator.prepare(teacher, optimizer)
-    module.train()
-    tracker = None
-    if ranks.is_main:
-        resolved = config_to_dict(config)
-        tracker = Tracker(run, backend=config.loop.tracker, project=config.loop.project, config=resolved)
-    schedule = build_schedule(
-        config.optim,
-        batch_size=config.data.batch_size,
-        steps_per_epoch=plan.steps_per_epoch,
-        total_steps=plan.total_steps,
-    )
-    return Training(
-        accelerator=accelerator,
-        ranks=ranks,
-        run=run,
-        tracker=tracker,
-        module=module,
-        optimizer=prepared,
-        schedule=schedule,
-        config=config.loop,
-        total_steps=plan.total_steps,
-        batch_size=config.data.batch_size,
-        clip_norm=config.optim.clip_norm,
-        identity={},
-        extra={},
-        report=report if ranks.is_main else _silent,
-    )
+    return training.run
 
 
 def _fit(
@@ -226,36 +194,11 @@ def _fit(
     )
     objective = GazeObjective(training.module, config, training.accelerator.device)
     averaging = [(1, teacher.update_average)] if teacher.average is not None else []
-    counted = _counted(batches, training, start=start, max_fraction=config.data.max_bad_fraction)
+    checked = counted(batches, training, start=start, max_fraction=config.data.max_bad_fraction)
     try:
-        fit(training, counted, objective, start_step=start, hooks=[*averaging, (plan.validate_every, validation)])
+        fit(training, checked, objective, start_step=start, hooks=[*averaging, (plan.validate_every, validation)])
     except EarlyStop:
         training.report(f"stopped early: {config.patience} validations without a better KLD")
-
-
-def _counted(
-    batches: Iterator[GazeBatch], training: Training, *, start: int, max_fraction: float
-) -> Iterator[GazeBatch]:
-    """Count bad samples over all ranks as the batches go by, so that all ranks stop together.
-
-    Raises:
-        InputError: more than `max_fraction` of the samples read were bad, and more than one.
-    """
-    extra = training.extra
-    extra.setdefault("num_bad", 0)
-    for step, batch in enumerate(batches, start=start):
-        if training.ranks.any(bool(batch.bad)):
-            reasons = [reason for part in training.ranks.gather(batch.bad) for reason in part]
-            for reason in reasons:
-                training.report(f"bad sample at step {step}: {reason}")
-            extra["num_bad"] += len(reasons)
-            num_read = (step + 1) * training.batch_size
-            if extra["num_bad"] > max(1, max_fraction * num_read):
-                raise InputError(
-                    f"{extra['num_bad']} of {num_read} samples could not be read (data.max_bad_fraction "
-                    f"{max_fraction}); the last: {reasons[-1]}; run shards/verify.py on the shards"
-                )
-        yield batch
 
 
 def _finish(training: Training, validation: Validation) -> None:
@@ -282,7 +225,3 @@ def _finish(training: Training, validation: Validation) -> None:
         training.report(line)
     training.report(f"report: {page}")
     training.report(f"done: {step} steps, teacher {teacher.hash[:16]} of step {about['step']} in {run.path}")
-
-
-def _silent(line: str) -> None:
-    return None

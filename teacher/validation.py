@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from engine.environment import environment
+from engine.loading import make_loader
 from engine.loop import Training
 from shards.gaze import METRICS, GazeTarget, load_targets, mean_scores, score_each
 from shards.order import shard_rows_for_rank
 from shards.reader import ShardSet
 from teacher.config import Config
-from teacher.data import GazeDataset, make_loader
+from teacher.data import GazeDataset
 from teacher.model import SaliencyModel
 from teacher.report import NUM_PICTURES, Predictions, evenly, side_by_side
 from teacher.saved import save_teacher
@@ -44,7 +45,8 @@ class Validation:
             assert training.tracker is not None
             training.tracker.log({f"val/{name}": value for name, value in means.items()}, step=step)
             training.report(f"validation after step {step}: " + ", ".join(f"{n} {means[n]:.4f}" for n in METRICS))
-            self._send_pictures(step)
+            if self.config.loop.tracker == "wandb":
+                self._send_pictures(step)
         # a KLD that is not a number is below nothing, and so never the best
         if means["num_images"] and means["kld"] < (np.inf if extra["best_kld"] is None else extra["best_kld"]):
             extra.update(best_kld=means["kld"], num_since_best=0)

@@ -6,38 +6,43 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from engine.errors import InputError
+from engine.loading import make_loader
 from pretrain.augment import normalize
-from pretrain.data import single_thread_worker
 from pretrain.evaluators.base import Subject
 from pretrain.model import input_statistics
 from pretrain.probe_config import ProbeConfig
 from shards.decode import decode_rgb
 from shards.order import shard_rows_for_rank
-from shards.reader import BadSample, ShardSet
+from shards.reader import ShardSet
 
 
-class CentreCrops(Dataset[tuple[Tensor, int]]):
-    """Images as `(size, size, 3)` uint8: the centre `crop` share of the shorter side, or with `crop` 0 the whole image.
+class CentreCrops(Dataset[tuple[Tensor, Tensor]]):
+    """Images as uint8 `(batch, size, size, 3)`: the centre `crop` share of the shorter side; with `crop` 0 the whole.
 
     A sample that cannot be read has label -2; the caller counts it.
     """
 
-    def __init__(self, shards: ShardSet, rows: np.ndarray, *, size: int, crop: float) -> None:
-        self.shards, self.rows, self.size, self.crop = shards, rows, size, crop
+    def __init__(self, shards: ShardSet, *, size: int, crop: float) -> None:
+        self.shards, self.size, self.crop = shards, size, crop
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __getitem__(self, position: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        return self.__getitems__([position])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        _, shard, row = self.rows[index].tolist()
-        try:
-            sample = self.shards.read(shard, row)
-            return torch.from_numpy(fit_square(decode_rgb(sample.image), size=self.size, crop=self.crop)), sample.label
-        except (BadSample, ValueError):
-            return torch.zeros((self.size, self.size, 3), dtype=torch.uint8), -2
+    def __getitems__(self, positions: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+        """Read one batch of (epoch, shard, row)."""
+        images = np.zeros((len(positions), self.size, self.size, 3), dtype=np.uint8)
+        labels = np.full(len(positions), -2, dtype=np.int64)
+        for i, (_, shard, row) in enumerate(positions):
+            try:
+                sample = self.shards.read(shard, row)
+                images[i] = fit_square(decode_rgb(sample.image), size=self.size, crop=self.crop)
+                labels[i] = sample.label
+            except ValueError:
+                continue
+        return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def fit_square(image: np.ndarray, *, size: int, crop: float) -> np.ndarray:
@@ -54,9 +59,9 @@ def fit_square(image: np.ndarray, *, size: int, crop: float) -> np.ndarray:
 def image_batches(subject: Subject, probe: ProbeConfig, shards: ShardSet, *, crop: float) -> Any:
     """Loader of this rank's normalised images `(batch, 3, size, size)` and labels, in order."""
     rows = shard_rows_for_rank(shards.shard_sizes, rank=subject.ranks.rank, world_size=subject.ranks.world_size)
-    dataset = CentreCrops(shards, rows, size=subject.config.data.image_size, crop=crop)
-    init = single_thread_worker if probe.num_workers else None
-    loader = DataLoader(dataset, probe.batch_size, num_workers=probe.num_workers, worker_init_fn=init)
+    dataset = CentreCrops(shards, size=subject.config.data.image_size, crop=crop)
+    parts = [rows[i : i + probe.batch_size].tolist() for i in range(0, len(rows), probe.batch_size)]
+    loader = make_loader(dataset, parts, num_workers=min(probe.num_workers, len(parts)))
     mean, std = input_statistics(subject.backbone)
     for pixels, labels in loader:
         images = pixels.to(subject.device).permute(0, 3, 1, 2).float() / 255

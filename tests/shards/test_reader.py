@@ -15,9 +15,10 @@ import webdataset
 from engine.errors import InputError
 from shards.index import IndexFault, read_index, write_index
 from shards.manifest import make_manifest, read_manifest, write_manifest
+from shards.opening import MAX_OPEN_SHARDS
 from shards.pack import pack
 from shards.quarantine import BadEntry, write_quarantine
-from shards.reader import MAX_OPEN_SHARDS, BadSample, ShardSet
+from shards.reader import BadSample, ShardSet
 from shards.sources.image_folder import ImageFolder
 from shards.writer import ShardWriter, index_path, is_complete
 

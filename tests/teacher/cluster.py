@@ -111,6 +111,7 @@ def _configuration(root: Path) -> str:
         f"SlurmctldPort={free_port()}",
         "SlurmUser=root",
         "SlurmdUser=root",
+        # a requeued job waits until its credential has expired: seconds here, not Slurm's two minutes
         f"AuthInfo=socket={root}/munge.socket,cred_expire=10",
         f"StateSaveLocation={root}/state",
         f"SlurmdSpoolDir={root}/%n",

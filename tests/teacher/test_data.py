@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.loading import make_loader
 from shards.gaze import GazeTarget
 from shards.reader import ShardSet
 from teacher.config import AugmentConfig
@@ -83,3 +84,14 @@ def test_a_batch_holds_maps_counts_and_what_could_not_be_used(data: Path) -> Non
     blob = (bright > 200).nonzero().float().mean(0) / torch.tensor([32.0, 48.0])
     found = torch.tensor(divmod(int(peak), 16)).float() / torch.tensor([12.0, 16.0])
     assert (blob - found).abs().max() < 0.15
+
+
+@pytest.mark.timeout(120)
+def test_reading_processes_start_after_this_one_has_used_opencv(data: Path) -> None:
+    cv2.setNumThreads(2)
+    large = np.zeros((1000, 1000, 3), dtype=np.uint8)
+    cv2.cvtColor(cv2.resize(large, (3000, 3000)), cv2.COLOR_BGR2HSV)
+    dataset = GazeDataset(ShardSet(data / "train"), size=(32, 48), grid=(8, 12), sigma=SIGMA)
+    for _ in range(3):
+        batches = list(make_loader(dataset, [[(0, 0, 0), (0, 0, 1)], [(0, 1, 0)]], num_workers=1))
+        assert [len(batch.images) for batch in batches] == [2, 1]

@@ -83,12 +83,16 @@ def test_a_run_without_progress_stops_early_and_stays_stopped(
     assert "resumed" in again and "step 04" not in again
 
 
-def test_two_ranks_score_every_sample_once(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["cpu2_ddp", "cpu2_zero2"])
+def test_two_ranks_score_every_sample_once(launcher: str, data: Path, tmp_path: Path) -> None:
     """Nine validation images over two ranks: five and four, the means over all nine."""
-    done = accelerate("cpu2_ddp", MAIN, *arguments_of(training_options(data, tmp_path, max_steps=1)), cwd=tmp_path)
+    arguments = arguments_of(training_options(data, tmp_path, max_steps=2, ema=0.9))
+    done = accelerate(launcher, MAIN, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
     assert summary["metrics"]["attention/num_images"] == 9 and summary["metrics"]["attention/num_skipped"] == 0
+    state = torch.load(tmp_path / "tiny" / "checkpoints" / "step-000000002" / "model.pt", weights_only=True)
+    assert not torch.equal(state["average.readout.weight"], state["model.readout.weight"])
 
 
 def test_check_trains_nothing(data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""Loaders of whole batches, and the count of what they could not read."""
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any, Protocol, Self, TypeVar
+
+import cv2
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from engine.errors import InputError
+from engine.loop import Training
+from engine.stop import ignore_stop_signals
+
+
+class TensorBatch:
+    """Base of dataclasses that hold a batch: moves their tensors and leaves the rest."""
+
+    def to(self, device: torch.device) -> Self:
+        """The batch with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The batch in page-locked memory; the loader calls it where there is a GPU."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Any) -> Self:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})  # type: ignore[type-var]
+
+
+class CountedBatch(Protocol):
+    """A batch that says what it could not read."""
+
+    bad: list[str]
+
+
+BatchT = TypeVar("BatchT", bound=CountedBatch)
+
+
+def single_thread_worker(worker_id: int) -> None:
+    """One thread per worker: the workers are the parallelism, and OpenCV's own threads would fight over the cores."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    ignore_stop_signals(worker_id)
+
+
+def make_loader(dataset: Dataset[Any], batches: Any, *, num_workers: int) -> DataLoader[Any]:
+    """A loader of whole batches, which the data set makes itself, read ahead by `num_workers` processes.
+
+    Args:
+        batches: batch sampler.
+    """
+    workers: dict[str, Any] = {}
+    if num_workers:
+        # OpenCV's own threads must end before a fork: a child that inherits their locks can wait for ever on them
+        cv2.setNumThreads(1)
+        workers = {"worker_init_fn": single_thread_worker, "prefetch_factor": 4}
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        # a generator of its own: else every loader takes a number from torch's global one, and a resumed run, which
+        # makes its loaders anew, would not end in the same bits
+        generator=torch.Generator(),
+        **workers,
+    )
+
+
+def counted(batches: Iterator[BatchT], training: Training, *, start: int, max_fraction: float) -> Iterator[BatchT]:
+    """Count bad samples over all ranks as the batches go by, so that all ranks stop together.
+
+    The count lives in the checkpoint's `extra`, so it survives a resume.
+
+    Raises:
+        InputError: more than `max_fraction` of the samples read since the run began were bad, and more than one.
+    """
+    extra = training.extra
+    extra.setdefault("num_bad", 0)
+    for step, batch in enumerate(batches, start=start):
+        if training.ranks.any(bool(batch.bad)):
+            reasons = [reason for part in training.ranks.gather(batch.bad) for reason in part]
+            for reason in reasons:
+                training.report(f"bad sample at step {step}: {reason}")
+            extra["num_bad"] += len(reasons)
+            num_read = (step + 1) * training.batch_size
+            if extra["num_bad"] > max(1, max_fraction * num_read):
+                raise InputError(
+                    f"{extra['num_bad']} of {num_read} samples could not be read (data.max_bad_fraction "
+                    f"{max_fraction}); the last: {reasons[-1]}; run shards/verify.py on the shards"
+                )
+        yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,241 @@
+"""Damaged archives, indices, manifests and images, and what reading each of them may do: one place for tests and fuzz.
+
+A target makes bytes from a source of chance, and reads them: `read` returns quietly or raises one of `allowed`; anything
+else is a fault of ours. The source of chance is hypothesis in the tests and a seeded generator in benchmarks/fuzz.py.
+"""
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import save as save_arrays
+
+from engine.errors import InputError
+from shards.decode import decode_map_png, decode_rgb, image_size
+from shards.index import METADATA_KEY, IndexFault, parse_index
+from shards.labels import encode_label
+from shards.manifest import FILE_NAME, read_manifest
+from shards.tar import BLOCK, END, TarError, header_of, padded, scan
+
+HASH = "0" * 64
+IMAGE_KINDS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
+
+
+class Chance(Protocol):
+    """Where the damage comes from."""
+
+    def integer(self, low: int, high: int) -> int:
+        """A number from `low` to `high`, both included."""
+
+    def binary(self, max_size: int) -> bytes:
+        """Up to `max_size` bytes."""
+
+
+class SeededChance:
+    """Chance from a seed: the same seed always gives the same damage."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = np.random.default_rng(seed)
+
+    def integer(self, low: int, high: int) -> int:
+        """See `Chance`."""
+        return int(self._generator.integers(low, high + 1))
+
+    def binary(self, max_size: int) -> bytes:
+        """See `Chance`."""
+        return self._generator.bytes(self.integer(0, max_size))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader, what it may raise, and the maker of its damaged input."""
+
+    name: str
+    make: Callable[[Chance], bytes]
+    read: Callable[[bytes], None]
+    allowed: tuple[type[Exception], ...]
+
+    def fault_of(self, data: bytes) -> str | None:
+        """What reading these bytes raised that it must not; None when all is well."""
+        try:
+            self.read(data)
+        except self.allowed as error:
+            return f"the message has a line break: {error!r}" if "\n" in str(error) else None
+        except Exception as error:  # finding these is what it is for
+            return f"{type(error).__name__}: {error}"
+        return None
+
+
+def flip(content: bytearray, chance: Chance, *, most: int) -> None:
+    """Overwrite up to `most` bytes."""
+    for _ in range(chance.integer(1, most)):
+        content[chance.integer(0, len(content) - 1)] = chance.integer(0, 255)
+
+
+def splice(content: bytearray, chance: Chance, *, most: int) -> None:
+    """Replace up to `most` short pieces by others, which may be longer or shorter."""
+    for _ in range(chance.integer(1, most)):
+        where = chance.integer(0, max(0, len(content) - 1))
+        content[where : where + chance.integer(0, 6)] = chance.binary(6)
+
+
+def cut(content: bytearray, chance: Chance) -> None:
+    """Drop the end, in half of the cases."""
+    if chance.integer(0, 1):
+        del content[chance.integer(0, len(content)) :]
+
+
+def tar_of(contents: dict[str, bytes]) -> bytes:
+    """An archive of these files."""
+    parts = [
+        header_of(name, len(body)) + body + bytes(padded(len(body)) - len(body)) for name, body in contents.items()
+    ]
+    return b"".join(parts) + END
+
+
+def mend_checksum(content: bytearray, position: int) -> None:
+    """Make the header block around `position` valid again, so that damage gets past the first defence."""
+    start = position // BLOCK * BLOCK
+    block = content[start : start + BLOCK]
+    if len(block) == BLOCK:
+        content[start + 148 : start + 156] = b"%06o\0 " % (sum(block[:148]) + sum(block[156:]) + 256)
+
+
+def manifest_of(**changes: Any) -> dict[str, Any]:
+    """A manifest of one shard of one sample, with changes."""
+    shard = {
+        "file": "shard-000000.tar",
+        "num_samples": 1,
+        "num_bytes": 2048,
+        "sha256": HASH,
+        "keys_digest": HASH,
+        "index_sha256": HASH,
+    }
+    base = {"schema": 1, "kind": "images", "name": "x", "num_samples": 1, "num_bytes": 2048, "classes": []}
+    return base | {"shards": [shard | changes.pop("shard", {})]} | changes
+
+
+def index_bytes(*, arrays: dict[str, np.ndarray] | None = None, **changes: Any) -> bytes:
+    """An index of one sample, 100 bytes at 512, with changes to arrays and metadata."""
+    one: dict[str, Any] = {"offset": 512, "size": 100, "label": 0, "info_offset": 0, "info_size": -1, "key_end": 1}
+    base = {name: np.array([value], dtype=np.int64) for name, value in one.items()}
+    base |= {"crc": np.zeros(1, dtype=np.uint32), "key_data": np.frombuffer(b"k", dtype=np.uint8)}
+    metadata = {"schema": 1, "kind": "images", "sha256": HASH, "num_bytes": 2048, "num_samples": 1, "skipped": []}
+    return save_arrays(base | (arrays or {}), metadata={METADATA_KEY: json.dumps(metadata | changes)})
+
+
+@cache
+def whole_image(kind: str) -> bytes:
+    """A small image file."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(24 * 16 * 3, dtype=np.uint8).reshape(24, 16, 3)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def damaged_tar(chance: Chance) -> bytes:
+    """An archive with plain and long names; some of the damage has a valid checksum."""
+    whole = tar_of({"a.jpg": chance.binary(40), "x" * 120 + ".jpg": b"y" * 100, "é.json": b"{}"})
+    content = bytearray(whole)
+    for _ in range(chance.integer(1, 4)):
+        where = chance.integer(0, len(content) - 1)
+        content[where] = chance.integer(0, 255)
+        if chance.integer(0, 1):
+            mend_checksum(content, where)
+    cut(content, chance)
+    return bytes(content)
+
+
+def damaged_index(chance: Chance) -> bytes:
+    """Flipped, spliced or cut."""
+    content = bytearray(index_bytes())
+    flip(content, chance, most=5)
+    if chance.integer(0, 3) == 0:
+        splice(content, chance, most=2)
+    cut(content, chance)
+    return bytes(content)
+
+
+def damaged_manifest(chance: Chance) -> bytes:
+    """Spliced JSON."""
+    content = bytearray(json.dumps(manifest_of(classes=["a", "b"], gaze=None)).encode())
+    splice(content, chance, most=4)
+    return bytes(content)
+
+
+def damaged_image(chance: Chance) -> bytes:
+    """One of several formats, flipped or cut."""
+    content = bytearray(whole_image(IMAGE_KINDS[chance.integer(0, len(IMAGE_KINDS) - 1)]))
+    flip(content, chance, most=6)
+    cut(content, chance)
+    return bytes(content)
+
+
+def damaged_map(chance: Chance) -> bytes:
+    """A label map's PNG, flipped or cut."""
+    content = bytearray(encode_label(np.arange(56.0 * 56.0).reshape(56, 56)))
+    flip(content, chance, most=4)
+    cut(content, chance)
+    return bytes(content)
+
+
+def read_tar(data: bytes) -> None:
+    """List an archive; what is listed must lie in it."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        for foreign in (False, True):
+            members = list(scan(file, foreign=foreign))
+            assert all(0 <= member.offset <= member.offset + member.size <= len(data) for member in members)
+
+
+def read_index_bytes(data: bytes) -> None:
+    """Parse an index; what it says must fit together."""
+    index = parse_index(data, name="a.index")
+    keys = index.keys()
+    assert len(keys) == len(index) and (not keys or keys[0] == index.key(0))
+    assert (index.offset + np.maximum(index.size, 0) <= index.num_bytes).all()
+
+
+def read_manifest_bytes(data: bytes) -> None:
+    """Read a manifest; its totals must fit."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / FILE_NAME).write_bytes(data)
+        manifest = read_manifest(folder)
+    assert manifest.num_samples == int(manifest.num_samples_of.sum()) and len(manifest.digest) == 64
+    assert all(os.path.basename(name) == name for name in manifest.files)
+
+
+def read_image(data: bytes) -> None:
+    """Size and pixels; both must be asked for."""
+    problem: ValueError | None = None
+    for function in (image_size, decode_rgb):
+        try:
+            result: Any = function(data)
+        except ValueError as error:
+            problem = error
+            continue
+        assert isinstance(result, tuple) or (result.dtype == np.uint8 and result.ndim == 3 and result.shape[2] == 3)
+    if problem is not None:
+        raise problem
+
+
+def read_map(data: bytes) -> None:
+    """Decode a map."""
+    assert decode_map_png(data).ndim == 2
+
+
+TARGETS = (
+    Target("tar", damaged_tar, read_tar, (TarError,)),
+    Target("index", damaged_index, read_index_bytes, (IndexFault,)),
+    Target("manifest", damaged_manifest, read_manifest_bytes, (InputError,)),
+    Target("image", damaged_image, read_image, (ValueError,)),
+    Target("map", damaged_map, read_map, (ValueError,)),
+)
