@@ -98,14 +98,14 @@ class MissingFile(ServerSays, FileNotFoundError):
     """No such file on the server."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(errno.ENOENT, f"no such file on the server: {url}")
+        super().__init__(errno.ENOENT, f"{url}: no such file on the server")
 
 
 class DeniedFile(ServerSays, PermissionError):
     """The server does not let us read the file."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(errno.EACCES, f"access denied: {url}: check the credentials")
+        super().__init__(errno.EACCES, f"{url}: access denied: check the credentials")
 
 
 class Fetcher:
@@ -225,7 +225,7 @@ async def _get(filesystem: Any, url: str, offset: int, size: int | None) -> byte
         headers["Range"] = f"bytes={offset}-{offset + size - 1}"
     session = await filesystem.set_session()
     async with session.get(filesystem.encode_url(url), **{**filesystem.kwargs, "headers": headers}) as response:
-        if url.startswith("https:") and response.url.scheme != "https":
+        if url.startswith("https:") and any(hop.url.scheme != "https" for hop in (*response.history, response)):
             raise RemoteFault(f"{url}: redirects to an unencrypted address: correct the URL")
         if response.status in (404, 410):
             raise MissingFile(url)

@@ -1,6 +1,7 @@
 """Open shards of one set: found by number, opened when first read, the least recently used closed again."""
 
 import os
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from shards.index import SUFFIX, IndexFault, ShardIndex, parse_index
 from shards.manifest import Manifest
 
 MAX_OPEN_SHARDS = 64
+FAULT_KEPT_S = 60.0  # a shard that could not be opened is tried again, for servers recover
 TAR_SUFFIX = ".tar"
 
 
@@ -42,7 +44,7 @@ class ShardFiles:
     def __init__(self, folder: Folder, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
-        self._faults: dict[int, str] = {}
+        self._faults: dict[int, tuple[float, str]] = {}
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -65,14 +67,16 @@ class ShardFiles:
         if found is not None:
             self._open.move_to_end(shard)
             return found
-        if shard not in self._faults:
+        since, fault = self._faults.get(shard, (-FAULT_KEPT_S, ""))
+        if time.monotonic() - since >= FAULT_KEPT_S:
             try:
                 return self._keep(shard, self._open_shard(shard))
             except IndexFault as error:
-                self._faults[shard] = str(error)
+                fault = str(error)
             except OSError as error:
-                self._faults[shard] = f"{self.manifest.files[shard]}: {error.strerror or error}"
-        raise BadSample("", self.manifest.files[shard], f"the whole shard is unreadable: {self._faults[shard]}")
+                fault = f"{self.manifest.files[shard]}: {error.strerror or error}"
+            self._faults[shard] = time.monotonic(), fault
+        raise BadSample("", self.manifest.files[shard], f"the whole shard is unreadable: {fault}")
 
     def close(self) -> None:
         """Close all descriptors."""

@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 
 from engine.errors import InputError
 from shards.cache import Cache
-from shards.fetch import CONTENT_TRIES, ContentFault, Fetcher, RemoteOptions, ServerSays
+from shards.fetch import CONTENT_TRIES, ContentFault, DeniedFile, Fetcher, RemoteFault, RemoteOptions, ServerSays
 from shards.plain import open_plain
 
 CHUNK_BYTES = 8 << 20
-MAX_READ_AHEAD = 4 << 20
+MAX_READ_AHEAD = 2 << 20
 FIRST_READ_AHEAD = 256 << 10
 NEIGHBOUR_BYTES = 16 << 10
 BUSY_PAUSE_S = 1.0
@@ -55,20 +55,31 @@ class RemoteFolder:
         copy, deadline, fetched = f"{sha256}.file", time.monotonic() + self.options.timeout_s, []
 
         def fetch() -> bytes:
-            fetched.append(self.fetcher.read(name, accept=lambda data: hashlib.sha256(data).hexdigest() == sha256))
+            fetched.append(self.get(name, accept=lambda data: hashlib.sha256(data).hexdigest() == sha256))
             return fetched[0]
 
-        while time.monotonic() < deadline:
+        outcome: Any = "busy"
+        while outcome == "busy" and time.monotonic() < deadline:
             data = self.cache.read(copy)
             if data is not None and hashlib.sha256(data).hexdigest() == sha256:
                 return data
             if data is not None:
                 self.cache.drop(copy)
             outcome = self.caching(lambda: self.cache.store(copy, fetch))
-            if fetched or outcome is None:
-                break
-            time.sleep(POLL_S if outcome == "busy" else 0)
+            if outcome == "busy":
+                time.sleep(POLL_S)
         return fetched[0] if fetched else fetch()
+
+    def get(self, name: str, **what: Any) -> bytes:
+        """`Fetcher.read` for what must be there: no right to read it is no fault of a sample, so it ends the program.
+
+        Raises:
+            RemoteFault, ServerSays: see `Fetcher.read`.
+        """
+        try:
+            return self.fetcher.read(name, **what)
+        except DeniedFile as error:
+            raise RemoteFault(f"{error.strerror}, then run the same command again") from error
 
     def open(self, name: str, *, num_bytes: int, sha256: str) -> "RemoteShard":
         """A shard; nothing is fetched yet."""
@@ -119,7 +130,7 @@ class RemoteShard:
         self.folder, self.name, self.num_bytes, self.sha256 = folder, name, num_bytes, sha256
         self.copy = f"{sha256}.tar"
         self._whole = folder.options.whole_shards
-        self._next_try = 0.0
+        self._checked, self._next_try = False, 0.0
         self._ahead = _ReadAhead(num_bytes)
 
     def read(self, offset: int, size: int, accept: Accept | None = None) -> bytes:
@@ -131,12 +142,14 @@ class RemoteShard:
         data = self._from_copy(offset, size)
         if data is not None and (accept is None or accept(data)):
             return data
-        if data is not None:
-            self.folder.cache.drop(self.copy)
-        if self.fetch():
-            data = self._from_copy(offset, size)
+        # A copy whose hash was right when it came here is not fetched again: its shard may itself be at fault.
+        if data is None or not self._checked:
             if data is not None:
-                return data  # its hash has just been checked: if it is not accepted, no other copy will be
+                self.folder.cache.drop(self.copy)
+            if self.fetch():
+                data = self._from_copy(offset, size)
+                if data is not None and (accept is None or accept(data)):
+                    return data
         return self._by_range(offset, size, accept)
 
     def fetch(self, *, patiently: bool = False) -> bool:
@@ -176,12 +189,16 @@ class RemoteShard:
         known = self._ahead.take(offset, size)
         if known is not None and (accept is None or accept(known)):
             return known
-        wanted = size + self._ahead.plan(offset, size)
-        data = self.folder.fetcher.read(
-            self.name, offset=offset, size=wanted, accept=None if accept is None else lambda found: accept(found[:size])
-        )
-        self._ahead.keep(offset, data)
-        return data[:size]
+        ahead = self._ahead.plan(offset, size)
+        right = None if accept is None else lambda data: accept(data[:size])
+        if ahead:
+            try:
+                data = self.folder.get(self.name, offset=offset, size=size + ahead, accept=right)
+                self._ahead.keep(offset, data)
+                return data[:size]
+            except ContentFault:
+                self._ahead.stop()  # what lies behind may be missing where the sample itself is not
+        return self.folder.get(self.name, offset=offset, size=size, accept=accept)
 
     def _download(self, file: BinaryIO) -> None:
         for _ in range(CONTENT_TRIES):
@@ -189,10 +206,11 @@ class RemoteShard:
             digest = hashlib.sha256()
             for start in range(0, self.num_bytes, CHUNK_BYTES):
                 size = min(CHUNK_BYTES, self.num_bytes - start)
-                data = self.folder.fetcher.read(self.name, offset=start, size=size)
+                data = self.folder.get(self.name, offset=start, size=size)
                 digest.update(data)
                 file.write(data)
             if digest.hexdigest() == self.sha256:
+                self._checked = True
                 return
         raise ContentFault(f"{self.folder.where}/{self.name}: its SHA-256 is not the manifest's")
 
@@ -211,7 +229,11 @@ class _ReadAhead:
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes = num_bytes
         self._begin, self._data = 0, b""
-        self._last_end, self._amount = -NEIGHBOUR_BYTES, 0
+        self._last_end, self._amount, self._most = -NEIGHBOUR_BYTES, 0, MAX_READ_AHEAD
+
+    def stop(self) -> None:
+        """Fetch nothing ahead from now on."""
+        self._most = 0
 
     def take(self, offset: int, size: int) -> bytes | None:
         """A range that is at hand, else None."""
@@ -224,10 +246,10 @@ class _ReadAhead:
     def plan(self, offset: int, size: int) -> int:
         """How many bytes to fetch beyond a range."""
         follows = 0 <= offset - self._last_end < NEIGHBOUR_BYTES
-        self._amount = min(MAX_READ_AHEAD, max(FIRST_READ_AHEAD, 2 * self._amount)) if follows else 0
+        self._amount = min(self._most, max(FIRST_READ_AHEAD, 2 * self._amount)) if follows else 0
         self._last_end = offset + size
         return max(0, min(self._amount, self._num_bytes - offset - size))
 
     def keep(self, offset: int, data: bytes) -> None:
         """Keep what came."""
-        self._begin, self._data = offset, data if self._amount else b""
+        self._begin, self._data = offset, data

@@ -1,13 +1,16 @@
 """Damaged archives, indices, manifests and images, and what reading each of them may do: one place for tests and fuzz.
 
-A target makes bytes from a source of chance, and reads them: `read` returns quietly or raises one of `allowed`; anything
-else is a fault of ours. The source of chance is hypothesis in the tests and a seeded generator in benchmarks/fuzz.py.
+A target makes bytes from a source of chance, and reads them: `read` returns quietly or raises one of `allowed`;
+anything else is a fault of ours. The source of chance is hypothesis in the tests and a seeded generator in
+benchmarks/fuzz.py.
 """
 
 import io
 import json
 import os
+import struct
 import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -140,6 +143,24 @@ def whole_image(kind: str) -> bytes:
     return buffer.getvalue()
 
 
+@cache
+def whole_map() -> bytes:
+    """A label map as it is stored."""
+    return encode_label(np.arange(56.0 * 56.0).reshape(56, 56))
+
+
+def mend_png(content: bytearray) -> None:
+    """Make the checksum of every chunk valid again, as far as their lengths lead."""
+    position = 8
+    while position + 12 <= len(content):
+        (length,) = struct.unpack_from(">I", content, position)
+        end = position + 8 + length
+        if end + 4 > len(content):
+            return
+        struct.pack_into(">I", content, end, zlib.crc32(content[position + 4 : end]))
+        position = end + 4
+
+
 def damaged_tar(chance: Chance) -> bytes:
     """An archive with plain and long names; some of the damage has a valid checksum."""
     whole = tar_of({"a.jpg": chance.binary(40), "x" * 120 + ".jpg": b"y" * 100, "é.json": b"{}"})
@@ -179,9 +200,11 @@ def damaged_image(chance: Chance) -> bytes:
 
 
 def damaged_map(chance: Chance) -> bytes:
-    """A label map's PNG, flipped or cut."""
-    content = bytearray(encode_label(np.arange(56.0 * 56.0).reshape(56, 56)))
+    """A label map's PNG, flipped or cut; in half of the cases its checksums are valid again."""
+    content = bytearray(whole_map())
     flip(content, chance, most=4)
+    if chance.integer(0, 1):
+        mend_png(content)
     cut(content, chance)
     return bytes(content)
 

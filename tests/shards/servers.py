@@ -73,7 +73,7 @@ class SpoilingProxy(ThreadingHTTPServer):
     """Passes GETs on to a server and spoils the answers, one after the other as `faults` says, over and over.
 
     "ok", "drop" (closes without a word), "short" (half the body, then closes), "cut" (half the body as if it were all),
-    "503", "slow" (half a second late), "stale" (other bytes, same length), "whole" (the whole file for a range).
+    "503", "403", "slow" (half a second late), "stale" (other bytes, same length), "whole" (the whole file for a range).
     """
 
     daemon_threads = True
@@ -125,8 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
         connection.close()
         if fault == "slow":
             time.sleep(0.5)
-        elif fault == "503":
-            status, body = 503, b"<Error><Code>ServiceUnavailable</Code></Error>"
+        elif fault in ("503", "403"):
+            status, body = int(fault), b"<Error><Code>ServiceUnavailable</Code></Error>"
         elif fault == "stale" and status in (200, 206):
             body = bytes(byte ^ 0x55 for byte in body)
         elif fault == "cut":

@@ -1,7 +1,6 @@
 """Hostile and broken manifests, indices and images: errors of ours only, and nothing in them ever runs."""
 
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -13,35 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from PIL import Image
-from safetensors.numpy import save as save_arrays
 
 from engine.errors import InputError
 from shards.decode import decode_rgb, image_size
-from shards.index import METADATA_KEY, IndexFault, read_index
+from shards.index import IndexFault, read_index
 from shards.manifest import read_manifest
 from shards.reader import BadSample, ShardSet
 from shards.writer import index_path
-
-HASH = "0" * 64
-# Cases of each fuzz test; a long run sets SACCADE_FUZZ_CASES.
-CASES = int(os.environ.get("SACCADE_FUZZ_CASES", "200"))
-
-
-def manifest_of(**changes: Any) -> dict[str, Any]:
-    """A manifest of one shard of one sample, with changes."""
-    shard = {
-        "file": "shard-000000.tar",
-        "num_samples": 1,
-        "num_bytes": 2048,
-        "sha256": HASH,
-        "keys_digest": HASH,
-        "index_sha256": HASH,
-    }
-    base = {"schema": 1, "kind": "images", "name": "x", "num_samples": 1, "num_bytes": 2048, "classes": []}
-    return base | {"shards": [shard | changes.pop("shard", {})]} | changes
+from tests.shards.damage import index_bytes, manifest_of
 
 
 @pytest.mark.parametrize(
@@ -128,22 +106,6 @@ def test_an_index_that_promises_more_than_memory_is_one_bad_sample(tmp_path: Pat
         ShardSet(tmp_path).read(0, 0)
 
 
-@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_random_damage_to_a_manifest_raises_only_our_error(tmp_path: Path, data: st.DataObject) -> None:
-    content = bytearray(json.dumps(manifest_of(classes=["a", "b"], gaze=None)).encode())
-    for _ in range(data.draw(st.integers(1, 4))):
-        where = data.draw(st.integers(0, len(content) - 1))
-        content[where : where + data.draw(st.integers(0, 6))] = data.draw(st.binary(max_size=6))
-    (tmp_path / "manifest.json").write_bytes(content)
-    try:
-        manifest = read_manifest(tmp_path)
-    except InputError as error:
-        assert "\n" not in str(error)
-        return
-    assert manifest.num_samples == int(manifest.num_samples_of.sum()) and len(manifest.digest) == 64
-
-
 class Boom:
     """Touches a file when it is unpickled."""
 
@@ -179,13 +141,8 @@ def test_pickles_in_place_of_any_file_never_run(packed: ShardSet, tmp_path: Path
 
 
 def raw_index(tmp_path: Path, *, arrays: dict[str, np.ndarray] | None = None, **changes: Any) -> Path:
-    """An index of one sample, 100 bytes at 512, with changes to arrays and metadata."""
-    one: dict[str, Any] = {"offset": 512, "size": 100, "label": 0, "info_offset": 0, "info_size": -1, "key_end": 1}
-    base = {name: np.array([value], dtype=np.int64) for name, value in one.items()}
-    base |= {"crc": np.zeros(1, dtype=np.uint32), "key_data": np.frombuffer(b"k", dtype=np.uint8)}
-    metadata = {"schema": 1, "kind": "images", "sha256": HASH, "num_bytes": 2048, "num_samples": 1, "skipped": []}
-    data = save_arrays(base | (arrays or {}), metadata={METADATA_KEY: json.dumps(metadata | changes)})
-    (tmp_path / "a.index").write_bytes(data)
+    """The file of `index_bytes`."""
+    (tmp_path / "a.index").write_bytes(index_bytes(arrays=arrays, **changes))
     return tmp_path / "a.index"
 
 
@@ -224,22 +181,6 @@ def test_impossible_index_metadata_is_refused(tmp_path: Path, changes: dict[str,
         read_index(raw_index(tmp_path, **changes))
 
 
-@settings(max_examples=CASES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_random_damage_to_an_index_raises_only_our_error(tmp_path: Path, data: st.DataObject) -> None:
-    path = raw_index(tmp_path)
-    content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 5))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    del content[data.draw(st.integers(0, len(content))) :]
-    path.write_bytes(content)
-    try:
-        index = read_index(path)
-    except IndexFault:
-        return
-    assert index.keys()[0] == index.key(0) and index.offset[0] + max(index.size[0], 0) <= index.num_bytes
-
-
 def png_header(width: int, height: int) -> bytes:
     body = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + body
@@ -264,21 +205,3 @@ def test_images_without_pixels_are_refused(jpeg: Callable[..., bytes]) -> None:
         for function in (image_size, decode_rgb):
             with pytest.raises(ValueError):
                 function(broken)
-
-
-@settings(max_examples=CASES, deadline=None)
-@given(data=st.data())
-def test_random_damage_to_an_image_gives_pixels_or_our_error(data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "BMP"]))
-    buffer = io.BytesIO()
-    Image.fromarray(np.arange(24 * 16 * 3, dtype=np.uint8).reshape(24, 16, 3)).save(buffer, kind)
-    content = bytearray(buffer.getvalue())
-    for _ in range(data.draw(st.integers(1, 6))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    del content[data.draw(st.integers(0, len(content))) :]
-    for function in (image_size, decode_rgb):
-        try:
-            result: Any = function(bytes(content))
-        except ValueError:
-            continue
-        assert isinstance(result, tuple) or (result.dtype == np.uint8 and result.ndim == 3 and result.shape[2] == 3)

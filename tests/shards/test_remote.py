@@ -22,6 +22,7 @@ import shards.fetch
 import shards.remote
 from engine.errors import InputError
 from shards.fetch import RemoteFault, RemoteOptions
+from shards.index import read_index, write_index
 from shards.labels import seal_labels, write_label_shard
 from shards.order import SampleOrder, StepBatches
 from shards.pack import pack
@@ -250,6 +251,16 @@ def test_files_that_are_not_on_the_server_are_bad_samples(web: SpoilingProxy, ng
         ShardSet(f"http://127.0.0.1:{web.port}/nothing")
 
 
+def test_no_right_to_read_ends_the_run(web: SpoilingProxy) -> None:
+    """An expired credential is no fault of the samples: none may be counted as bad and left out."""
+    remote = on_web(web)
+    web.faults = ["403"]
+    with pytest.raises(RemoteFault, match=r"shard-.*: access denied: check the credentials, then run the same"):
+        remote.read(0, 0)
+    with pytest.raises(InputError, match=r"manifest.json: cannot be read .*access denied"):
+        on_web(web)
+
+
 def test_a_changed_shard_on_the_server_costs_its_changed_samples_only(
     local: ShardSet, web: SpoilingProxy, nginx_port: tuple[int, Path]
 ) -> None:
@@ -277,6 +288,29 @@ def test_a_shard_that_is_cut_short_on_the_server_costs_the_lost_samples_only(
     for row, word in ((3, "of .* bytes came"), (4, "shorter than the manifest says")):
         with pytest.raises(BadSample, match=word):
             remote.read(0, row)
+    in_order = on_web(web, whole_shards=False)
+    assert [row_of(in_order, 0, row) for row in range(3)] == [row_of(local, 0, row) for row in range(3)]
+
+
+def test_a_set_whose_index_and_shard_disagree_is_not_fetched_over_and_over(
+    local: ShardSet, web: SpoilingProxy, nginx_port: tuple[int, Path]
+) -> None:
+    """Packed wrongly: every hash of the manifest is right, one CRC of the index is not."""
+    root = nginx_port[1] / "set"
+    (root / local.manifest.files[0]).with_suffix(".index").unlink()
+    index = read_index(index_path(Path(local.root) / local.manifest.files[0]))
+    index.crc.setflags(write=True)
+    index.crc[1] ^= 1
+    sha256 = write_index(root / "shard-000000.index", index)
+    text = (root / "manifest.json").read_text()
+    (root / "manifest.json").write_text(text.replace(local.manifest.hash_of(0, "index_sha256"), sha256))
+    remote = on_web(web)
+    assert remote.read(0, 0).image
+    count = downloads(web, "shard-000000.tar")
+    for _ in range(3):
+        with pytest.raises(BadSample, match="not the bytes that the manifest or index names"):
+            remote.read(0, 1)
+    assert downloads(web, "shard-000000.tar") == count and remote.read(0, 2).image
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "folder"])
