@@ -5,6 +5,7 @@
 One process, one thread, processor time, by turns in one run. On OSIE's stimuli resized to 500x375 (quality 90) and on
 Imagenette's 128x128 files as they are; views of 224 and 128 pixels. "worker" ends at two uint8 crops with their label
 map, as a data-loader worker hands them on; "all in" adds the colours and normalisation, done on the same core.
+Bytes read from a cold page cache: benchmarks/cold_reads.py.
 """
 
 import argparse

@@ -45,10 +45,11 @@ class Objective:
         else:
             assert output.class_logits is not None
             logits = output.class_logits.float()
+            labelled = batch.valid & (batch.labels >= 0)
             losses = functional.cross_entropy(logits, batch.labels.clamp(min=0), reduction="none")
-            loss = (losses * batch.valid).mean()
+            loss = (losses * labelled).mean()
             scalars["cross_entropy"] = loss
-            scalars["accuracy"] = ((logits.argmax(1) == batch.labels) & batch.valid).float().mean()
+            scalars["accuracy"] = ((logits.argmax(1) == batch.labels) & labelled).float().mean()
         if self.config.attends:
             attention, more = attention_objective(output.attention, batch, self.config.attention)
             loss = loss + self.config.attention.weight * attention

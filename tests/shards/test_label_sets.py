@@ -143,6 +143,17 @@ def test_labels_of_another_set_or_teacher_are_refused(packed: ShardSet, image_fo
             label_directory(tmp_path, bad)
 
 
+def test_the_first_characters_of_a_teacher_are_enough(packed: ShardSet, tmp_path: Path) -> None:
+    directory = write_labels(packed, tmp_path / "labels")
+    for length in (8, 12, 16, len(TEACHER)):
+        assert ShardSet(packed.root, labels=directory, teacher_hash=TEACHER[:length]).label_manifest is not None
+    with pytest.raises(InputError, match=f"at least its first 8 characters; .* by {TEACHER[:16]}"):
+        ShardSet(packed.root, labels=directory, teacher_hash=TEACHER[:7])
+    for other in (TEACHER[:8] + "0", TEACHER + "0", "0" * 8, TEACHER[1:10]):
+        with pytest.raises(InputError, match="written by teacher"):
+            ShardSet(packed.root, labels=directory, teacher_hash=other)
+
+
 def test_a_manifest_that_claims_other_counts_is_refused(packed: ShardSet, tmp_path: Path) -> None:
     directory = write_labels(packed, tmp_path)
     path = directory / "manifest.json"

@@ -123,8 +123,6 @@ def test_the_permutation_is_uniform_and_never_changes() -> None:
     assert np.abs(counts - 800).max() < 126
 
 
-
-
 @pytest.mark.parametrize(
     ("batch_size", "world_size", "word"),
     [(10, 3, "divide"), (0, 1, "divide"), (200, 1, "more than"), (4, 0, "divide")],
