@@ -114,11 +114,13 @@ def run_chain(steps: list[Step], *, variables: Mapping[str, str], until: str = "
 
 
 def _clean_environment() -> dict[str, str]:
-    return {
+    kept = {
         name: value
         for name, value in os.environ.items()
         if name not in LAUNCHER_VARIABLES and not name.startswith(LAUNCHER_PREFIXES)
     }
+    # accelerate launch takes one thread a process unless told otherwise, and a chain runs one process at a time
+    return {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))} | kept
 
 
 @dataclass

@@ -16,6 +16,7 @@ from engine.settings import LoopConfig
 from pretrain.config import DataConfig, ViewsConfig
 from pretrain.views import NUM_COLOURS, View, cut_views, draw_view, view_generator
 from shards.decode import image_size
+from shards.location import is_remote
 from shards.order import SampleOrder, StepBatches
 from shards.reader import BadSample, ShardSet
 
@@ -48,11 +49,13 @@ class Batch(TensorBatch):
 
 
 def find_label_set(path: Path) -> Path:
-    """The label set at `path`: the folder itself, or the only set inside it.
+    """The label set at `path`: the folder itself, or the only set inside it; a URL must name the set.
 
     Raises:
         InputError: no set there, or more than one.
     """
+    if is_remote(path):
+        return path
     if (path / "manifest.json").is_file():
         return path
     found = sorted(p.parent for p in path.glob("*/manifest.json")) if path.is_dir() else []

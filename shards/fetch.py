@@ -250,7 +250,9 @@ def _describe(error: Exception) -> str:
     if isinstance(error, TimeoutError):  # asyncio's and fsspec's, which say nothing
         return "no answer in time"
     status = _status(error)
-    text = re.sub(r"\s+", " ", str(error)).strip()
+    # Of a status aiohttp's own text names the URL once more.
+    text = str(getattr(error, "message", "") or error) if status else str(error)
+    text = re.sub(r"\s+", " ", text).strip()
     text = re.sub(r"\?[^\s'\")]*", "?...", re.sub(r"//[^\s/@]+@", "//", text))[:160]
     return (f"HTTP status {status} ({text})" if status else f"{type(error).__name__} ({text})").replace(" ()", "")
 

@@ -147,9 +147,7 @@ def record_of(tar: Path) -> ShardRecord:
     return _record(tar, index, hashlib.sha256(index_path(tar).read_bytes()).hexdigest())
 
 
-def index_of_tar(
-    tar: Path, *, keys: Sequence[str], kind: str, skipped: Sequence[tuple[str, str]] = ()
-) -> ShardIndex:
+def index_of_tar(tar: Path, *, keys: Sequence[str], kind: str, skipped: Sequence[tuple[str, str]] = ()) -> ShardIndex:
     """Index of a tar that is already in place: a pure function of its bytes and of the keys it should hold.
 
     Two writers of one shard may race (array jobs do): the first tar stays, and every writer derives the same index
