@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from engine.errors import InputError
+from engine.files import sha256_of
 from engine.program import run_program
 from engine.progress import ProgressBar
 from shards.folder import open_folder
@@ -40,6 +41,8 @@ class VerifyConfig:
     """Folder or URL of a set, or a folder that holds sets; may be given without --path as the first argument."""
     images: str = ""
     """For label sets: the folder or URL of their images. Image sets found under `path` are tried on their own."""
+    teacher: str = ""
+    """For label sets: the run folder of the teacher that must have written them; its weights are hashed."""
     decode: bool = True
     """Decode every image; without, only headers and checksums are checked."""
     repair: bool = False
@@ -127,6 +130,7 @@ def _verify(
     result.faults += [f"{name} is not in the manifest" for name in sorted(strays)[:MAX_LINES]]
     if manifest.kind == "labels":
         result.faults += _label_faults(root, manifest, images)
+        result.faults += _teacher_faults(manifest, config.teacher)
     return result
 
 
@@ -151,6 +155,19 @@ def _label_faults(root: Path | str, manifest: Manifest, images: dict[str, Manife
     except InputError as error:
         return [str(error)]
     return []
+
+
+def _teacher_faults(manifest: Manifest, run: str) -> list[str]:
+    """The labels against the weights of a teacher's run, which are known here by the file they lie in alone."""
+    if not run:
+        return []
+    weights = Path(run) / "best" / "model.safetensors"
+    if not weights.is_file():
+        raise InputError(f"teacher: no weights in {weights.parent}: give the run folder that teacher/main.py wrote")
+    described = manifest.extra.get("teacher")
+    named = described.get("hash") if isinstance(described, dict) else None
+    found = sha256_of(weights)
+    return [] if named == found else [f"written by teacher {str(named)[:12]}, but {weights} is {found[:12]}"]
 
 
 def _repair(report: SetReport) -> int:

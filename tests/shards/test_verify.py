@@ -1,5 +1,6 @@
 """Verifying and repairing: every kind of fault is found, named and counted, and repaired sets read on."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -36,12 +37,12 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def label(images: ShardSet, root: Path) -> Path:
-    directory = label_directory(root, TEACHER)
+def label(images: ShardSet, root: Path, *, teacher: str = TEACHER) -> Path:
+    directory = label_directory(root, teacher)
     for shard in range(images.manifest.num_shards):
         maps = [(key, encode_label(np.ones((4, 4)))) for key in images.keys(shard)]
         write_label_shard(directory, images, shard, maps)
-    seal_labels(directory, images, teacher={"hash": TEACHER}, settings={"size": [4, 4]})
+    seal_labels(directory, images, teacher={"hash": teacher}, settings={"size": [4, 4]})
     return directory
 
 
@@ -169,3 +170,18 @@ def test_wrong_folders_are_one_clear_line(tmp_path: Path, capsys: pytest.Capture
         assert word in error and out == ""
     with pytest.raises(InputError, match="no folder given"):
         main(VerifyConfig())
+
+
+def test_labels_are_checked_against_the_weights_of_their_teacher(
+    packed: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    (run / "best").mkdir(parents=True)
+    (run / "best" / "model.safetensors").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    right, wrong = label(packed, tmp_path / "a", teacher=digest), label(packed, tmp_path / "b")
+    assert verify(right, capsys, images=str(packed.root), teacher=str(run))[1] == ""
+    out, error = verify(wrong, capsys, images=str(packed.root), teacher=str(run))
+    assert "1 faults" in error and f"teacher {TEACHER[:12]}" in out and digest[:12] in out
+    with pytest.raises(InputError, match=r"no weights in .*give the run folder"):
+        main(VerifyConfig(path=str(right), images=str(packed.root), teacher=str(tmp_path / "absent"), workers=1))
