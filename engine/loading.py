@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine.errors import InputError
+from engine.forking import end_opencv_threads
 from engine.loop import Training
 from engine.stop import ignore_stop_signals
 
@@ -54,8 +55,7 @@ def make_loader(dataset: Dataset[Any], batches: Any, *, num_workers: int) -> Dat
     """
     workers: dict[str, Any] = {}
     if num_workers:
-        # OpenCV's own threads must end before a fork: a child that inherits their locks can wait for ever on them
-        cv2.setNumThreads(1)
+        end_opencv_threads()
         workers = {"worker_init_fn": single_thread_worker, "prefetch_factor": 4}
     return DataLoader(
         dataset,

@@ -29,6 +29,7 @@ from scipy.io import savemat
 
 from engine.errors import InputError
 from engine.files import write_json
+from engine.forking import end_opencv_threads
 from engine.program import run_program
 from engine.progress import ProgressBar
 from shards.scenes import CLASS_NAMES, Scene, observe, render_scene
@@ -154,9 +155,10 @@ def _write_all(jobs: list[tuple[str, int]], root: Path, config: Config) -> None:
                 work(job)
                 bar.update()
         return
+    end_opencv_threads()
     # The pool is made before the bar: a forked process must not inherit the bar's thread.
     with (
-        multiprocessing.Pool(workers, initializer=cv2.setNumThreads, initargs=(1,)) as pool,
+        multiprocessing.Pool(workers) as pool,
         ProgressBar(len(jobs), "generate") as bar,
     ):
         for _ in pool.imap_unordered(work, jobs, chunksize=16):

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
-
 from engine.errors import InputError
 from engine.files import write_json
+from engine.forking import end_opencv_threads
 from engine.progress import ProgressBar
 from shards.index import IndexFault, read_index
 from shards.manifest import FILE_NAME, ShardRecord
@@ -148,6 +147,7 @@ def _run(
     job: Job, missing: list[int], *, workers: int, bar: ProgressBar, max_bad: int, found: dict[int, Any]
 ) -> dict[int, tuple[ShardRecord, Skipped]]:
     # Forked, not spawned: the job is then inherited without a copy, however many images it lists.
+    end_opencv_threads()
     context = multiprocessing.get_context("fork")
     count = context.Value("q", 0)
     results: dict[int, tuple[ShardRecord, Skipped]] = {}
@@ -183,7 +183,6 @@ def _complete(job: Job, number: int) -> tuple[ShardRecord, Skipped] | None:
 
 def _start(job: Job, count: Any) -> None:
     """First thing in every packing process."""
-    cv2.setNumThreads(0)
     _Worker.job, _Worker.count = job, count
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 

@@ -12,7 +12,6 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-import cv2
 import numpy as np
 from jsonargparse.typing import NonNegativeInt
 from rich.console import Console
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from engine.errors import InputError
 from engine.files import sha256_of
+from engine.forking import end_opencv_threads
 from engine.program import run_program
 from engine.progress import ProgressBar
 from shards.folder import open_folder
@@ -113,10 +113,11 @@ def _verify(
     root: Path | str, manifest: Manifest, images: dict[str, Manifest], config: VerifyConfig, bar: ProgressBar
 ) -> SetReport:
     work = partial(check_shard, open_folder(root), manifest, decode=config.decode)
+    end_opencv_threads()
     context = multiprocessing.get_context("fork")
     workers = max(1, min(config.workers or available_cores(), manifest.num_shards))
     shards = []
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         for report in pool.map(work, range(manifest.num_shards)):
             shards.append(report)
             bar.update(report.num_samples)

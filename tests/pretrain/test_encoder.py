@@ -41,7 +41,8 @@ def test_plain_timm_loads_it_both_documented_ways(
     assert loaded.returncode == 0, loaded.stderr
     encoder = load_encoder(folder)
     torch.manual_seed(0)
-    assert torch.equal(torch.load(output, weights_only=True), encoder(torch.randn(2, 3, 32, 32)))
+    # the other process may sum in another order: it has another number of threads
+    torch.testing.assert_close(torch.load(output, weights_only=True), encoder(torch.randn(2, 3, 32, 32)))
 
 
 def test_a_missing_or_foreign_encoder_is_refused(tmp_path: Path) -> None:

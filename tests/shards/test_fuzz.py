@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 import time
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_the_damage_gets_past_the_first_defence_now_and_then(target: Target) -> 
 
 
 def test_the_benchmark_counts_foreign_errors_hangs_and_deaths(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    monkeypatch.setattr(sys, "path", [str(REPOSITORY / "benchmarks"), *sys.path])
     fuzz = importlib.import_module("fuzz")
 
     class Counting:

@@ -197,3 +197,12 @@ def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_settings_are_written(sample: Path) -> None:
     found = json.loads((sample / "sample.json").read_text())
     assert found == {"schema": SCHEMA, "kind": "generated", "seed": 3} | SMALL
+
+
+def test_processes_start_while_opencv_has_threads(tmp_path: Path) -> None:
+    """OpenCV's threads of the parent must not hang the children that are forked after them (one in three did)."""
+    cv2.setNumThreads(2)
+    cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (31, 31), 5.0)
+    config = Config(output=tmp_path / "a", num_train=20, num_val=4, num_gaze_train=4, num_gaze_val=4, num_workers=2)
+    generate(config)
+    assert len(list((tmp_path / "a" / "images").rglob("*.jpg"))) == 24
