@@ -26,13 +26,15 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def pysaliency() -> types.ModuleType:
     """pysaliency 0.2, which needs two names that current setuptools and numpy no longer have."""
-    if "pkg_resources" not in sys.modules:
-        stand_in = types.ModuleType("pkg_resources")
-        stand_in.resource_string = stand_in.resource_listdir = None  # type: ignore[attr-defined]
-        sys.modules["pkg_resources"] = stand_in
     if not hasattr(np, "trapz"):
         np.trapz = np.trapezoid  # type: ignore[attr-defined]
-    return pytest.importorskip("pysaliency")
+    stand_in = types.ModuleType("pkg_resources")
+    stand_in.resource_string = stand_in.resource_listdir = None  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        # for the import alone: whoever finds the name later, pytest among them, takes it for the real one
+        if "pkg_resources" not in sys.modules:
+            patch.setitem(sys.modules, "pkg_resources", stand_in)
+        return pytest.importorskip("pysaliency")
 
 
 @pytest.fixture(scope="session")
