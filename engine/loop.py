@@ -16,6 +16,7 @@ from engine.checkpoint import list_checkpoints, load_checkpoint, rng_state, save
 from engine.errors import InputError, Requeue
 from engine.launch import configure_deepspeed, uses_deepspeed
 from engine.optim import Schedule, build_optimizer, build_schedule
+from engine.passes import Backward
 from engine.progress import report, silent, step_line
 from engine.ranks import Ranks
 from engine.runs import RunFolder
@@ -39,9 +40,12 @@ class TrainingConfig(Protocol):
 
 
 class StepFunction(Protocol):
-    """Computes one step's loss and named scalars from a batch; the loop does the rest."""
+    """Computes one step's losses from a batch and hands them to `backward`; the loop does the rest.
 
-    def __call__(self, batch: Any, *, step: int) -> tuple[Tensor, dict[str, Tensor]]: ...
+    Returns the step's named scalars, `loss` among them.
+    """
+
+    def __call__(self, batch: Any, *, step: int, backward: Backward) -> dict[str, Tensor]: ...
 
 
 @dataclass
@@ -235,13 +239,12 @@ def _train_step(training: Training, batch: Any, step_function: StepFunction, *, 
     rate = training.schedule(step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss, scalars = step_function(batch, step=step)
-    accelerator.backward(loss)
+    scalars = step_function(batch, step=step, backward=Backward(accelerator, training.module))
     if training.clip_norm > 0 and not uses_deepspeed(accelerator):
         accelerator.clip_grad_norm_(training.module.parameters(), training.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return {"loss": loss.detach(), **{k: v.detach() for k, v in scalars.items()}}
+    return {name: value.detach() for name, value in scalars.items()}
 
 
 class _Meter:

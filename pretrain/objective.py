@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from attention.losses import weighted_loss
 from attention.maps import crop_mass, warp
+from engine.passes import Backward
 from pretrain.augment import recolour
 from pretrain.config import AttentionConfig, Config
 from pretrain.contrast import nt_xent
@@ -30,8 +31,8 @@ class Objective:
     statistics: tuple[tuple[float, ...], tuple[float, ...]]
     device: torch.device
 
-    def __call__(self, batch: Batch, *, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and named scalars of this rank's `batch`; their means over ranks are those of the global batch."""
+    def __call__(self, batch: Batch, *, step: int, backward: Backward) -> dict[str, Tensor]:
+        """Gradients of this rank's `batch`, and named scalars whose means over ranks are those of the global batch."""
         batch = batch.to(self.device)
         images = self.prepare(batch)
         output: StudentOutput = self.module(images)
@@ -54,7 +55,8 @@ class Objective:
             attention, more = attention_objective(output.attention, batch, self.config.attention)
             loss = loss + self.config.attention.weight * attention
             scalars |= {"attention": attention, **more}
-        return loss, scalars
+        backward(loss)
+        return {"loss": loss, **scalars}
 
     def prepare(self, batch: Batch) -> Tensor:
         """All views of the batch, recoloured and normalised: `(num_views * batch, 3, size, size)`."""

@@ -1,14 +1,13 @@
 """Puts a pretraining run together from its config, and checks it without training."""
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import InputError
-from engine.launch import build_accelerator, local_batch_size, uses_deepspeed
+from engine.launch import build_accelerator, uses_deepspeed
 from engine.loading import counted
 from engine.loop import Training, fit, start_training
+from engine.plan import Plan, plan_steps
 from engine.program import config_to_dict
 from engine.ranks import Ranks
 from engine.runs import RunFolder, check_run_name
@@ -19,15 +18,6 @@ from pretrain.model import Student, input_statistics
 from pretrain.objective import Objective, memory_format
 from pretrain.prepare import prepare_sample
 from shards.reader import BadSample, ShardSet
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Numbers that follow from config, data and launcher; computed, never written back."""
-
-    total_steps: int
-    steps_per_epoch: float
-    local_batch: int
 
 
 def open_data(config: Config) -> ShardSet:
@@ -53,21 +43,18 @@ def make_plan(config: Config, *, num_samples: int, world_size: int) -> Plan:
     """Steps of the run and the batch of one rank.
 
     Raises:
-        InputError: the ranks do not divide the batch, the batch exceeds the set, or there is not one whole step.
+        InputError: see `plan_steps`, or a contrastive arm without negatives.
     """
-    local = local_batch_size(config.data.batch_size, world_size=world_size)
-    if config.data.batch_size > num_samples:
-        raise InputError(
-            f"data.batch_size {config.data.batch_size} is more than the {num_samples} samples in {config.data.shards}: "
-            f"lower it, so that no image is its own negative"
-        )
     if config.contrastive and config.data.batch_size < 2:
         raise InputError("data.batch_size 1 leaves a contrastive arm without negatives: take at least 2")
-    per_epoch = num_samples / config.data.batch_size
-    total = config.max_steps or math.floor(config.epochs * per_epoch)
-    if total < 1:
-        raise InputError(f"epochs {config.epochs} is less than one step of {config.data.batch_size} images: raise it")
-    return Plan(total, per_epoch, local)
+    return plan_steps(
+        batch_size=config.data.batch_size,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        num_samples=num_samples,
+        world_size=world_size,
+        data=config.data.shards,
+    )
 
 
 def check(config: Config) -> list[str]:

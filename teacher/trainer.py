@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from attention.losses import weighted_loss
 from engine.errors import InputError
-from engine.launch import build_accelerator, local_batch_size, uses_deepspeed
+from engine.launch import build_accelerator, uses_deepspeed
 from engine.loading import counted
 from engine.loop import Training, fit, start_training
+from engine.passes import Backward
+from engine.plan import Plan, plan_steps
 from engine.program import config_to_dict
 from engine.ranks import Ranks
 from engine.runs import RunFolder, check_run_name
@@ -36,8 +38,8 @@ class GazeObjective:
     config: Config
     device: torch.device
 
-    def __call__(self, batch: GazeBatch, *, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and named terms of this rank's `batch`; an image without fixations counts 0."""
+    def __call__(self, batch: GazeBatch, *, step: int, backward: Backward) -> dict[str, Tensor]:
+        """Gradients and named terms of this rank's `batch`; an image without fixations counts 0."""
         batch = batch.to(self.device)
         weights = {name: getattr(self.config.loss, name) for name in ("kld", "nss", "cc")}
         counts = batch.counts if self.config.loss.nss_on == "fixations" else None
@@ -45,35 +47,26 @@ class GazeObjective:
             self.module(batch.images), batch.maps, weights=weights, nss_map=counts, mask=batch.valid
         )
         # the mean over the images kept, times their share: ranks need not exchange counts
-        return loss * batch.valid.float().mean(), terms
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Numbers that follow from config, data and launcher; computed, never written back."""
-
-    total_steps: int
-    steps_per_epoch: float
-    local_batch: int
-    validate_every: int
+        loss = loss * batch.valid.float().mean()
+        backward(loss)
+        return {"loss": loss, **terms}
 
 
 def make_plan(config: Config, *, num_samples: int, world_size: int) -> Plan:
-    """Steps of the run and the batch of one rank.
+    """Steps of the run and the batch of one rank; raises InputError where they do not fit."""
+    return plan_steps(
+        batch_size=config.data.batch_size,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        num_samples=num_samples,
+        world_size=world_size,
+        data=config.data.train,
+    )
 
-    Raises:
-        InputError: the ranks do not divide the batch, the batch exceeds the set, or there is not one whole step.
-    """
-    batch = config.data.batch_size
-    local = local_batch_size(batch, world_size=world_size)
-    if batch > num_samples:
-        raise InputError(f"data.batch_size {batch} is more than the {num_samples} samples in {config.data.train}")
-    per_epoch = num_samples / batch
-    total = config.max_steps or math.floor(config.epochs * per_epoch)
-    if total < 1:
-        raise InputError(f"epochs {config.epochs} is less than one step of {batch} images: raise it")
-    # rounded up, so that the last step is not validated right after an epoch that ends a fraction of a step before it
-    return Plan(total, per_epoch, local, math.ceil(config.validate_every * per_epoch))
+
+def validation_interval(config: Config, plan: Plan) -> int:
+    """Steps between two validations, rounded up: the last is not done again right after an epoch's end."""
+    return math.ceil(config.validate_every * plan.steps_per_epoch)
 
 
 def open_data(config: Config) -> tuple[ShardSet, ShardSet]:
@@ -124,7 +117,7 @@ def check(config: Config) -> list[str]:
         f"train: {config.data.train}, {train.num_samples} images, {counts[0]} fixations",
         f"val: {config.data.val}, {val.num_samples} images, {counts[1]} fixations",
         f"run: {plan.total_steps} steps of {config.data.batch_size} images ({plan.local_batch} a rank), a validation "
-        f"every {plan.validate_every}",
+        f"every {validation_interval(config, plan)}",
         f"model: {config.model.backbone}, {sum(p.numel() for p in teacher.model.parameters()) / 1e6:.1f} M parameters, "
         f"{height}x{width} images to {grid[0]}x{grid[1]} maps",
     ]
@@ -196,7 +189,13 @@ def _fit(
     averaging = [(1, teacher.update_average)] if teacher.average is not None else []
     checked = counted(batches, training, start=start, max_fraction=config.data.max_bad_fraction)
     try:
-        fit(training, checked, objective, start_step=start, hooks=[*averaging, (plan.validate_every, validation)])
+        fit(
+            training,
+            checked,
+            objective,
+            start_step=start,
+            hooks=[*averaging, (validation_interval(config, plan), validation)],
+        )
     except EarlyStop:
         training.report(f"stopped early: {config.patience} validations without a better KLD")
 
