@@ -29,6 +29,8 @@ class OptimConfig:
     """After warm-up: cosine to zero; x0.1 at half of all steps; or constant."""
     clip_norm: NonNegativeFloat = 0.0
     """Clip the gradient's global L2 norm to this; 0 leaves it alone."""
+    micro_batch: NonNegativeInt = 0
+    """Images a rank passes through the encoder at a time; 0 takes the whole local batch. The losses still see all."""
 
 
 @dataclass
