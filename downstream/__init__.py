@@ -1,0 +1,1 @@
+"""Supervised fine-tunes, each with its own form of attention supervision."""

@@ -1,0 +1,135 @@
+"""Options of a downstream fine-tune. The docstring under a field is its `--help`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+
+from engine.program import REPOSITORY
+from engine.settings import LoopConfig, OptimConfig, Precision
+
+DEFAULT_CONFIG = REPOSITORY / "configs" / "downstream" / "trec6.yaml"
+
+TaskName = Literal["trec6", "cifar10", "easy_vqa", "vqa"]
+Balance = Literal["fixed", "balanced"]
+
+
+@dataclass
+class TextConfig:
+    """Text classifier."""
+
+    kind: Literal["self_attentive", "transformer"] = "self_attentive"
+    """Structured self-attention over a BiLSTM (Lin et al.), or a transformer encoder."""
+    embedding: PositiveInt = 300
+    """Width of a word vector."""
+    hidden: PositiveInt = 2000
+    """Width of the layer behind the sentence matrix."""
+    dropout: ClosedUnitInterval = 0.5
+    """Dropout on word vectors and before the classifier."""
+    min_count: PositiveInt = 2
+    """Words seen fewer times in the training texts are read as unknown."""
+    vectors: Path | None = None
+    """GloVe text file with word vectors of width `embedding`, or null for random ones."""
+    width: PositiveInt = 128
+    """Width of the transformer."""
+    depth: PositiveInt = 2
+    """Layers of the transformer."""
+    heads: PositiveInt = 4
+    """Attention heads of the transformer."""
+
+
+@dataclass
+class ImageConfig:
+    """Image classifier with spatial attention."""
+
+    encoder: Path | None = None
+    """An `encoder/` folder of a pretraining run; null for the small network from scratch."""
+    frozen: bool = True
+    """Keep a given encoder's weights as they are."""
+    channels: PositiveInt = 32
+    """Channels of the attended feature map."""
+    num_masks: NonNegativeInt = 500
+    """Random masks per image, besides the unmasked one."""
+    mask_scale: PositiveInt = 2
+    """Positions per cell of the coarse random grids."""
+    dropout: ClosedUnitInterval = 0.25
+    """Dropout before the classifier."""
+
+
+@dataclass
+class DataConfig:
+    """What is read."""
+
+    path: Path = Path("data/trec6")
+    """The data set: a folder with TREC.train and TREC.test; image shards; a VQA folder."""
+    val: Path | None = None
+    """Image shards to test on, for tasks that read shards."""
+    batch_size: PositiveInt = 32
+    """Examples per step over all ranks."""
+    held_out_seed: int = 0
+    """Seed of the tenth of the training set that chooses the epoch; the same for all runs of a table."""
+    limit: PositiveInt | None = None
+    """Train on this many examples only, for trials."""
+
+
+@dataclass
+class SupervisionConfig:
+    """Attention supervision: L = L_c + gamma * L_att (Patro et al., WACV 2021)."""
+
+    gamma: NonNegativeFloat = 1.0
+    """Weight of the attention loss; with balance "balanced", the ratio gamma * L_att / L_c after the first epoch."""
+    balance: Balance = "balanced"
+    """fixed: gamma as it is; balanced: scaled once, so that both losses have `gamma`'s ratio after the first epoch."""
+    beta: NonNegativeFloat = 1.0
+    """The same for the second modality, where two are supervised (text, in VQA)."""
+    modalities: list[str] = field(default_factory=list)
+    """Modalities to mine and supervise; empty takes all that the task has."""
+    only_better: bool = True
+    """Supervise only the examples whose best mask is not the unmasked input."""
+    probes: PositiveInt = 2048
+    """Masked copies in memory at once when surrogates are mined."""
+
+
+@dataclass
+class DownstreamConfig:
+    """Fine-tune a supervised task with attention supervision."""
+
+    run: str = "trec6"
+    """Name of the table; its runs are named <run>-<arm>-seed<seed>."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    task: TaskName = "trec6"
+    """What is learnt."""
+    arm: str = "mmd"
+    """baseline, an attention loss (mse, coral, mmd, adversarial, ...), several with commas, or all (`arms`)."""
+    arms: list[str] = field(default_factory=lambda: ["baseline", "coral", "mse", "mmd", "adversarial"])
+    """The arms that "all" means."""
+    seed: int = 0
+    """First seed, of weights and order."""
+    seeds: PositiveInt = 1
+    """Number of seeds."""
+    epochs: PositiveFloat = 10.0
+    """Epochs of the first step, before mining."""
+    retrain_epochs: PositiveFloat = 10.0
+    """Epochs of the second step; every arm goes on from the first step's weights, the baseline without supervision."""
+    precision: Precision = "no"
+    """Mixed precision."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is read."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Text model."""
+    image: ImageConfig = field(default_factory=ImageConfig)
+    """Image model."""
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    """Attention supervision."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule, of each step."""
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    """How the training is run."""

@@ -1,0 +1,194 @@
+"""One stage of a fine-tune as a run of its own: train, choose the epoch on the held-out part, test."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from downstream.config import DownstreamConfig
+from downstream.data import ExampleDataset, rows_of_rank, training_batches
+from downstream.objective import Learner, SupervisedObjective, classification_score
+from downstream.protocol import AttentionModel, Examples, Task
+from engine.environment import environment
+from engine.files import atomic_write
+from engine.launch import build_accelerator
+from engine.loop import Training, fit, start_training
+from engine.plan import plan_steps
+from engine.program import config_to_dict
+from engine.ranks import Ranks
+from engine.runs import RunFolder
+from engine.state import unwrap
+
+FIRST_STEP = "step1"
+BEST = "best.safetensors"
+EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage trains.
+
+    Attributes:
+        arm: `FIRST_STEP`, "baseline", or an attention loss.
+        start: weights to begin with; None for random ones.
+        maps, use: surrogates of the training examples by modality, as in `ExampleDataset`.
+    """
+
+    arm: str
+    seed: int
+    epochs: float
+    start: dict[str, Tensor] | None = None
+    maps: Mapping[str, Tensor] | None = None
+    use: Mapping[str, Tensor] | None = None
+
+
+def stage_folder(config: DownstreamConfig, *, arm: str, seed: int) -> RunFolder:
+    """Run folder of one stage of a table."""
+    return RunFolder(config.runs / f"{config.run}-{arm}-seed{seed}")
+
+
+def best_weights(run: RunFolder) -> dict[str, Tensor]:
+    """Weights of a finished stage's best epoch."""
+    return load_file(run.path / BEST)
+
+
+def train_stage(task: Task, config: DownstreamConfig, stage: Stage, *, ranks: Ranks) -> RunFolder:
+    """Train one stage, or go on with it; a finished one is left as it is.
+
+    Raises:
+        InputError: see `start_training`; Requeue: stopped on request with a checkpoint.
+    """
+    run = stage_folder(config, arm=stage.arm, seed=stage.seed)
+    if ranks.broadcast(bool(run.read_summary())):
+        return run
+    accelerator = build_accelerator(precision=config.precision, seed=stage.seed)
+    model = task.build_model()
+    if stage.start is not None:
+        model.load_state_dict(stage.start)
+    modalities = list(stage.maps or {})
+    learner = Learner(model, arm=stage.arm, modalities={name: task.modalities[name] for name in modalities})
+    plan = plan_steps(
+        batch_size=config.data.batch_size,
+        epochs=stage.epochs,
+        max_steps=None,
+        num_samples=len(task.train),
+        world_size=ranks.world_size,
+        data=config.data.path,
+    )
+    training = start_training(
+        learner,
+        accelerator=accelerator,
+        ranks=ranks,
+        run=run,
+        config=config,
+        resolved=_resolved(config, stage),
+        batch_size=config.data.batch_size,
+        steps_per_epoch=plan.steps_per_epoch,
+        total_steps=plan.total_steps,
+        identity={"data": str(sorted(task.facts.get("sha256", {}).items()))},
+    )
+    every = math.ceil(plan.steps_per_epoch)
+    with training:
+        start = training.resume()
+        objective = SupervisedObjective(
+            module=training.module,
+            learner=learner,
+            arm=stage.arm if modalities else "baseline",
+            modalities=modalities,
+            config=config.supervision,
+            balance_steps=every,
+            state=training.extra,
+            ranks=ranks,
+            device=accelerator.device,
+        )
+        batches = training_batches(
+            ExampleDataset(task.train, maps=dict(stage.maps or {}), use=dict(stage.use or {})),
+            batch_size=config.data.batch_size,
+            # another order than the first step's, the same for every arm
+            seed=stage.seed if stage.arm == FIRST_STEP else stage.seed + 1_000_003,
+            loop=config.loop,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            start_step=start,
+            stop_step=plan.total_steps,
+        )
+        fit(training, batches, objective, start_step=start, hooks=[(every, Choice(training, task))])
+        _finish(training, task, stage)
+    return run
+
+
+class Choice:
+    """After every epoch: accuracy on the held-out part; the first epoch of the best is kept."""
+
+    def __init__(self, training: Training, task: Task) -> None:
+        self.training, self.task = training, task
+
+    def __call__(self, step: int) -> None:
+        """Score, log, and keep the weights if they are the best so far."""
+        training = self.training
+        model = unwrap(training.module).model
+        assert isinstance(model, AttentionModel)
+        score = accuracy(model, self.task.held_out, ranks=training.ranks, device=training.accelerator.device)
+        weights = {name: value for name, value in training.weights().items() if name.startswith("model.")}
+        best = training.extra.get("best")
+        if training.ranks.is_main:
+            assert training.tracker is not None
+            training.tracker.log({"held_out/accuracy": score}, step=step)
+            training.report(f"after step {step}: held-out accuracy {score:.2f}")
+        if best is None or score > best["score"]:
+            training.extra["best"] = {"score": score, "step": step}
+            if training.ranks.is_main:
+                path = training.run.path / BEST
+                temporary = path.with_suffix(".tmp")
+                save_file({n.removeprefix("model."): t.contiguous() for n, t in weights.items()}, temporary)
+                atomic_write(path, temporary.read_bytes())
+                temporary.unlink()
+
+
+@torch.inference_mode()
+def accuracy(model: AttentionModel, examples: Examples, *, ranks: Ranks, device: Any) -> float:
+    """Mean score in percent, each example once over all ranks. Every rank must call it."""
+    total = 0.0
+    parts = rows_of_rank(len(examples), rank=ranks.rank, world_size=ranks.world_size, size=EVALUATION_BATCH)
+    for rows in parts:
+        inputs = {name: value.to(device) for name, value in examples.inputs(rows).items()}
+        targets = examples.targets[torch.from_numpy(rows)].to(device)
+        total += float(classification_score(model(inputs).logits, targets).sum())
+    return 100 * sum(ranks.gather(total)) / len(examples)
+
+
+def _finish(training: Training, task: Task, stage: Stage) -> None:
+    """Test the best epoch's weights and write the summary."""
+    training.ranks.barrier()
+    model = unwrap(training.module).model
+    assert isinstance(model, AttentionModel)
+    model.load_state_dict(best_weights(training.run))
+    model.eval()
+    score = accuracy(model, task.test, ranks=training.ranks, device=training.accelerator.device)
+    if training.ranks.is_main:
+        best = training.extra["best"]
+        metrics = {"test/accuracy": score, "held_out/accuracy": best["score"], "best_step": best["step"]}
+        weights = {k: v["weight"] for k, v in training.extra.items() if k.startswith("balance_")}
+        training.run.write_summary(
+            metrics | {f"weight/{name.removeprefix('balance_')}": w for name, w in weights.items() if w is not None},
+            step=training.total_steps,
+            data=task.facts,
+            protocol={"arm": stage.arm, "seed": stage.seed, "epochs": stage.epochs, "commit": environment()["commit"]},
+        )
+        training.report(f"{training.run.name}: test accuracy {score:.2f} (best epoch ends at step {best['step']})")
+    training.ranks.barrier()
+
+
+def _resolved(config: DownstreamConfig, stage: Stage) -> dict[str, Any]:
+    """The config of one stage: what the table adds around it is left out."""
+    values = config_to_dict(replace(config, arm=stage.arm, seed=stage.seed))
+    for key in ("arms", "seeds"):
+        values.pop(key)
+    if stage.arm == FIRST_STEP:
+        for key in ("retrain_epochs", "supervision"):
+            values.pop(key)
+    return values
