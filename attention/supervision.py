@@ -93,29 +93,30 @@ def _covariance(rows: Tensor) -> Tensor:
 def mmd(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Squared maximum mean discrepancy of the two batches of maps (Gretton et al., 2012, biased estimate).
 
-    Gaussian kernels of five widths around the median distance between maps, averaged. Of a batch of one it is
-    `2 - 2 k(p, q)`, which compares the two maps themselves.
+    Of a batch of one it is `2 - 2 k(p, q)`, which compares the two maps themselves. The kernel k is the mean of five
+    Gaussians; their widths are multiples of the targets' mean squared norm (our choice).
     """
-    both = torch.cat([pred, target])
-    distances = (both.unsqueeze(1) - both.unsqueeze(0)).square().sum(2)
-    positive = distances.detach()[distances.detach() > 0]
-    width = positive.median() if len(positive) else distances.new_ones(())
-    kernel = torch.stack([torch.exp(-distances / (2 * w * width)) for w in KERNEL_WIDTHS]).mean(0)
+    both, width = torch.cat([pred, target]), _width(target)
+    kernel = _kernel((both.unsqueeze(1) - both.unsqueeze(0)).square().sum(2), width)
     n = len(pred)
     value = kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
     return value.clamp(min=0).expand(n)
 
 
 def mmd_pairs(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """The MMD of batches of one: `2 - 2 k(p, q)` for each map and its own target, kernels as in `mmd`.
+    """The MMD of batches of one: `2 - 2 k(p, q)` for each map and its own target, kernel as in `mmd`.
 
     Where `mmd` lets the maps of a batch change places, this one holds each to its own.
     """
-    distances = (pred - target).square().sum(1)
-    positive = distances.detach()[distances.detach() > 0]
-    width = positive.median() if len(positive) else distances.new_ones(())
-    kernel = torch.stack([torch.exp(-distances / (2 * w * width)) for w in KERNEL_WIDTHS]).mean(0)
-    return 2 - 2 * kernel
+    return 2 - 2 * _kernel((pred - target).square().sum(1), _width(target))
+
+
+def _width(target: Tensor) -> Tensor:
+    return target.detach().square().sum(1).mean().clamp(min=EPS)
+
+
+def _kernel(distances: Tensor, width: Tensor) -> Tensor:
+    return torch.stack([torch.exp(-distances / (2 * w * width)) for w in KERNEL_WIDTHS]).mean(0)
 
 
 def lovasz(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:

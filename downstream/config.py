@@ -55,10 +55,14 @@ class ImageConfig:
     """Keep a given encoder's weights as they are."""
     channels: PositiveInt = 32
     """Channels of the attended feature map."""
+    size: PositiveInt = 32
+    """Height and width of the images, pixels; others are resized."""
     num_masks: NonNegativeInt = 500
     """Random masks per image, besides the unmasked one."""
     mask_scale: PositiveInt = 2
     """Positions per cell of the coarse random grids."""
+    mask_seed: int = 0
+    """Seed of the random masks, the same for every image and run."""
     dropout: ClosedUnitInterval = 0.25
     """Dropout before the classifier."""
 
@@ -93,8 +97,8 @@ class SupervisionConfig:
     """Modalities to mine and supervise; empty takes all that the task has."""
     only_better: bool = True
     """Supervise only the examples whose best mask is not the unmasked input."""
-    probes: PositiveInt = 2048
-    """Masked copies in memory at once when surrogates are mined."""
+    probes: PositiveInt = 1024
+    """Masked copies at once when surrogates are mined; on a CPU, few enough to stay in its cache."""
 
 
 @dataclass

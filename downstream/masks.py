@@ -26,7 +26,7 @@ def grid_masks(size: tuple[int, int], *, count: int, scale: int, seed: int, keep
     coarse = (ceil(size[0] / scale), ceil(size[1] / scale))
     cells = (torch.rand((count, 1, *coarse), generator=generator) < keep).float()
     fine = functional.interpolate(cells, size=size, mode="bilinear", align_corners=False)
-    return torch.cat([torch.ones(1, *size), fine.squeeze(1)])
+    return torch.cat([torch.ones(1, *size), fine.squeeze(1).clamp(0, 1)])
 
 
 def pair_masks(length: int, *, size: int) -> Tensor:

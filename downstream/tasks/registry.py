@@ -16,4 +16,8 @@ def open_task(config: DownstreamConfig) -> Task:
         from downstream.tasks.trec import Trec
 
         return Trec(config.data.path, config.text, seed=config.data.held_out_seed)
+    if config.task == "cifar10":
+        from downstream.tasks.images import ImageTask
+
+        return ImageTask(config)
     raise InputError(f"task '{config.task}' is not known")
