@@ -1,5 +1,6 @@
 """The surrogate miner against probing one mask at a time, and the masks it probes with."""
 
+from collections.abc import Callable
 from math import comb
 from pathlib import Path
 
