@@ -41,12 +41,15 @@ def classification_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def classification_score(logits: Tensor, targets: Tensor) -> Tensor:
-    """Per example `(batch,)`: 1 where the class is right; with answer shares n/10, VQA's min(1, n/3) on the answer."""
+    """Per example `(batch,)`: 1 where the class is right; with answer shares n/10, the official accuracy of VQA.
+
+    That is the mean of min(1, matches / 3) over the ten subsets of nine answers, which is min(1, 0.3 n).
+    """
     chosen = logits.argmax(1)
     if targets.dim() == 1:
         return (chosen == targets).float()
     shares = targets.gather(1, chosen.unsqueeze(1)).squeeze(1)
-    return (shares * 10 / 3).clamp(max=1)
+    return (3 * shares).clamp(max=1)
 
 
 @dataclass
