@@ -70,7 +70,9 @@ def _measure(
     shards = range(images.manifest.num_shards)
     dataset = ImageDataset(images, size=teacher.model.image_size)
     sampler = ShardBatches(shards, images, folder / "none", batch_size=config.batch_size)
-    batches = [dataset.__getitems__(positions).images for positions in sampler]
+    # where there is a GPU, in page-locked memory, as the labelling's own loader gives them
+    loaded = (dataset.__getitems__(positions) for positions in sampler)
+    batches = [(batch.pin_memory() if torch.cuda.is_available() else batch).images for batch in loaded]
     numbers = count()
     model = Labeller(config, teacher, images, folder / "none")
 

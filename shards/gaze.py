@@ -93,16 +93,19 @@ def parse_target(info: dict[str, Any], *, key: str, sigma: float, shard: int, ro
     return GazeTarget(key, size, points, observers, sigma, shard, row)
 
 
-def load_targets(shards: ShardSet, *, sigma: float | None = None) -> list[GazeTarget]:
+def load_targets(
+    shards: ShardSet, *, sigma: float | None = None, limits: Sequence[int] | np.ndarray | None = None
+) -> list[GazeTarget]:
     """Targets of all samples whose gaze can be read, in the order of the shards.
 
     Args:
         sigma: pixels; None takes the set's own.
+        limits: for each shard, the number of its first samples that are taken; None takes all.
 
     Raises:
         InputError: the set holds no gaze, or not one fixation inside an image.
     """
-    targets = list(_targets(shards, sigma=sigma or gaze_sigma(shards)))
+    targets = list(_targets(shards, sigma=sigma or gaze_sigma(shards), limits=limits))
     if not any(target.num_inside for target in targets):
         raise InputError(_NO_FIXATION.format(root=shards.root, count=shards.num_samples))
     return targets
@@ -118,14 +121,16 @@ def check_gaze(shards: ShardSet) -> None:
         raise InputError(_NO_FIXATION.format(root=shards.root, count=shards.num_samples))
 
 
-def _targets(shards: ShardSet, *, sigma: float) -> Iterator[GazeTarget]:
+def _targets(
+    shards: ShardSet, *, sigma: float, limits: Sequence[int] | np.ndarray | None = None
+) -> Iterator[GazeTarget]:
     """Targets in the order of the shards; what cannot be read is passed over."""
     for shard in range(len(shards.shard_sizes)):
         try:
             keys = shards.keys(shard)
         except BadSample:
             continue
-        for row, key in enumerate(keys):
+        for row, key in enumerate(keys if limits is None else keys[: limits[shard]]):
             try:
                 info = shards.read_info(shard, row)
                 target = parse_target(info, key=key, sigma=sigma, shard=shard, row=row)

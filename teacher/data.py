@@ -13,9 +13,10 @@ from attention.maps import inside_image
 from engine.loading import TensorBatch, make_loader
 from shards.decode import decode_rgb, image_size
 from shards.gaze import GazeTarget, parse_target
-from shards.order import SampleOrder, StepBatches
-from shards.reader import BadSample, ShardSet
+from shards.order import StepBatches
+from shards.reader import BadSample
 from teacher.config import AugmentConfig
+from teacher.sources import GazeSets
 
 Position = tuple[int, int, int]  # epoch, shard, row
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
@@ -125,15 +126,14 @@ class GazeDataset(Dataset[GazeBatch]):
 
     def __init__(
         self,
-        shards: ShardSet,
+        sources: GazeSets,
         *,
         size: tuple[int, int],
         grid: tuple[int, int],
-        sigma: float,
         augment: AugmentConfig | None = None,
         seed: int = 0,
     ) -> None:
-        self.shards, self.size, self.grid, self.sigma = shards, size, grid, sigma
+        self.sources, self.size, self.grid = sources, size, grid
         self.augment, self.seed = augment, seed
 
     def __getitem__(self, position: Position) -> GazeBatch:
@@ -158,17 +158,17 @@ class GazeDataset(Dataset[GazeBatch]):
         return GazeBatch(tensors[0], tensors[1], tensors[2], tensors[3], bad)
 
     def _read(self, position: Position) -> tuple[np.ndarray, GazeTarget]:
-        epoch, shard, row = position
-        sample = self.shards.read(shard, row)
+        epoch, number, row = position
+        source, shard, first = self.sources.locate(number)
+        sample = source.shards.read(shard, row)
         try:
-            target = parse_target(sample.info(), key=sample.key, sigma=self.sigma, shard=shard, row=row)
+            target = parse_target(sample.info(), key=sample.key, sigma=source.sigma, shard=shard, row=row)
             found = image_size(sample.image)
             if found != target.size:
                 raise ValueError(f"its gaze is of a {target.size} image, but the image is {found} (height, width)")
             change = None
             if self.augment is not None:
-                number = int(self.shards.shard_starts[shard]) + row
-                rng = change_generator(self.seed, epoch=epoch, sample=number)
+                rng = change_generator(self.seed, epoch=epoch, sample=first + row)
                 change = draw_change(rng, self.augment, size=target.size)
             image = load_image(sample.image, change, stored=target.size, size=self.size)
         except BadSample:
@@ -201,7 +201,7 @@ def training_batches(
 ) -> Iterator[GazeBatch]:
     """This rank's batches of steps `start_step` to `stop_step`; `batch_size` is over all ranks."""
     steps = StepBatches(
-        SampleOrder(dataset.shards.shard_sizes, seed=dataset.seed, window=window),
+        dataset.sources.order(seed=dataset.seed, window=window),
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from engine.launch import Precision
 from engine.program import REPOSITORY
+from engine.settings import Precision
 
 DEFAULT_LABELS = REPOSITORY / "configs" / "teacher" / "label_demo.yaml"
 

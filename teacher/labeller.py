@@ -162,6 +162,8 @@ def describe(teacher: SavedTeacher) -> dict[str, Any]:
         "image_size": teacher.facts["image_size"],
         "step": teacher.facts["step"],
         "data": teacher.facts["data"],
+        # a teacher of an earlier version does not say
+        **({"sources": teacher.facts["sources"]} if "sources" in teacher.facts else {}),
         "gaze": teacher.facts["gaze"],
         "metrics": teacher.facts["metrics"],
         "software": {name: software[name] for name in ("python", "torch", "timm", "numpy")},

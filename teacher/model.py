@@ -74,7 +74,8 @@ class SaliencyModel(nn.Module):
         image_size: height and width in pixels; fixed for backbones with position embeddings.
 
     Raises:
-        InputError: unknown backbone, one without feature maps, a tap that it does not have, or too small images.
+        InputError: unknown backbone, one without feature maps, a tap that it does not have, too small images, or a
+            stride beyond them.
     """
 
     mean: Tensor
@@ -82,11 +83,19 @@ class SaliencyModel(nn.Module):
 
     def __init__(self, config: ModelConfig, *, image_size: tuple[int, int]) -> None:
         super().__init__()
+        if config.stride is not None and config.stride > min(image_size):
+            raise InputError(
+                f"model.stride {config.stride} is more than the smaller side of data.image_size {list(image_size)}: "
+                f"lower it"
+            )
         self.image_size = image_size
         self.backbone, statistics = build_backbone(config.backbone, taps=config.taps, image_size=image_size)
         for name in ("mean", "std"):
             self.register_buffer(name, 255 * torch.tensor(statistics[name]).view(1, 3, 1, 1))
         self.taps = nn.ModuleList(Tap(n, channels=config.channels) for n in _feature_info(self.backbone).channels())
+        height, width = image_size
+        stride = config.stride
+        self.size = None if stride is None else (math.ceil(height / stride), math.ceil(width / stride))
         self.readout = nn.Conv2d(len(self.taps) * config.channels, 1, 3, padding=1)
         self.smoothing = Smoothing(config.smoothing) if config.smoothing > 0 else nn.Identity()
         self.prior = CentrePrior() if config.centre_prior else nn.Identity()
@@ -107,14 +116,18 @@ class SaliencyModel(nn.Module):
         """
         pixels = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
         levels = [tap(features) for tap, features in zip(self.taps, self.backbone(pixels), strict=True)]
-        size = levels[0].shape[2:]
+        size = self.size or tuple(levels[0].shape[2:])
         # fp16 and bf16 are too coarse for logits that a softmax over thousands of cells follows
         with torch.autocast(images.device.type, enabled=False):
-            finest = [
-                functional.interpolate(x.float(), size=size, mode="bilinear", align_corners=False) for x in levels
-            ]
-            logits = self.prior(self.smoothing(self.readout(torch.cat(finest, dim=1))))
+            resized = [_resize(level.float(), size) for level in levels]
+            logits = self.prior(self.smoothing(self.readout(torch.cat(resized, dim=1))))
             return log_density(logits.squeeze(1))
+
+
+def _resize(level: Tensor, size: tuple[int, ...]) -> Tensor:
+    """`(batch, channels, rows, columns)` on another grid, bilinear, without aliasing where it shrinks."""
+    shrinks = level.shape[2] > size[0] or level.shape[3] > size[1]
+    return functional.interpolate(level, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
 
 
 def build_backbone(

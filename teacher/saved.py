@@ -115,8 +115,9 @@ def load_teacher(run: Path, *, expected: str | None = None) -> SavedTeacher:
 
 
 def _architecture(facts: dict[str, Any]) -> ModelConfig:
+    """What a teacher of an earlier version does not say has its default, which is what that version did."""
     known = {field.name for field in fields(ModelConfig)}
     given = facts["model"]
-    if set(given) != known:
-        raise ValueError(f"model has the keys {sorted(given)}, expected {sorted(known)}")
+    if "backbone" not in given or not set(given) <= known:
+        raise ValueError(f"model has the keys {sorted(given)}, known are {sorted(known)}")
     return ModelConfig(**given)

@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +19,7 @@ from engine.plan import Plan, plan_steps
 from engine.program import config_to_dict
 from engine.ranks import Ranks
 from engine.runs import RunFolder, check_run_name
-from shards.gaze import METRICS, check_gaze, gaze_sigma, load_targets
+from shards.gaze import METRICS, load_targets
 from shards.reader import ShardSet
 from teacher.average import Teacher
 from teacher.comparison import compare
@@ -27,7 +29,10 @@ from teacher.model import SaliencyModel
 from teacher.pretrained import load_pretrained
 from teacher.report import table_lines, write_maps, write_page
 from teacher.saved import load_teacher
+from teacher.sources import GazeSet, GazeSets, open_sources
 from teacher.validation import EarlyStop, Validation
+
+LOSSES = ("kld", "nss", "cc", "mse")
 
 
 @dataclass
@@ -41,7 +46,7 @@ class GazeObjective:
     def __call__(self, batch: GazeBatch, *, step: int, backward: Backward) -> dict[str, Tensor]:
         """Gradients and named terms of this rank's `batch`; an image without fixations counts 0."""
         batch = batch.to(self.device)
-        weights = {name: getattr(self.config.loss, name) for name in ("kld", "nss", "cc")}
+        weights = {name: getattr(self.config.loss, name) for name in LOSSES}
         counts = batch.counts if self.config.loss.nss_on == "fixations" else None
         loss, terms = weighted_loss(
             self.module(batch.images), batch.maps, weights=weights, nss_map=counts, mask=batch.valid
@@ -52,15 +57,15 @@ class GazeObjective:
         return {"loss": loss, **terms}
 
 
-def make_plan(config: Config, *, num_samples: int, world_size: int) -> Plan:
+def make_plan(config: Config, *, sources: GazeSets, world_size: int) -> Plan:
     """Steps of the run and the batch of one rank; raises InputError where they do not fit."""
     return plan_steps(
         batch_size=config.data.batch_size,
         epochs=config.epochs,
         max_steps=config.max_steps,
-        num_samples=num_samples,
+        num_samples=sources.num_samples,
         world_size=world_size,
-        data=config.data.train,
+        data=Path(" + ".join(str(one.shards.root) for one in sources.sets)),
     )
 
 
@@ -69,27 +74,25 @@ def validation_interval(config: Config, plan: Plan) -> int:
     return math.ceil(config.validate_every * plan.steps_per_epoch)
 
 
-def open_data(config: Config) -> tuple[ShardSet, ShardSet]:
-    """Training and validation sets.
+def open_data(config: Config) -> tuple[GazeSets, ShardSet]:
+    """Training sets and validation set.
 
     Raises:
-        InputError: missing or empty shards, no gaze in them, the two of different editions, or settings that
-            learn nothing.
+        InputError: see `open_sources`; or settings that learn nothing.
     """
-    if not (config.loss.kld or config.loss.nss or config.loss.cc):
-        raise InputError("loss: kld, nss and cc are all 0, so there is nothing to learn: set one above 0")
+    if not any(getattr(config.loss, name) for name in LOSSES):
+        raise InputError(f"loss: {', '.join(LOSSES)} are all 0, so there is nothing to learn: set one above 0")
     if config.ema == 1:
         raise InputError("ema 1.0 would keep the first random weights for ever: take e.g. 0.999, or 0 for no average")
-    train, val = ShardSet(config.data.train), ShardSet(config.data.val)
-    for shards in (train, val):
-        check_gaze(shards)
-    editions = [shards.manifest.extra["gaze"].get("edition") for shards in (train, val)]
-    if editions[0] != editions[1]:
-        raise InputError(
-            f"{val.root} holds gaze of edition {editions[1]!r}, {train.root} of {editions[0]!r}: validate on the "
-            f"edition that is trained on"
-        )
-    return train, val
+    return open_sources(config.data)
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The config as nested plain values."""
+    plain = config_to_dict(config)
+    if isinstance(config.data.train, list):
+        plain["data"]["train"] = [config_to_dict(source) for source in config.data.train]
+    return plain
 
 
 def build_teacher(config: Config, *, accelerator: Accelerator) -> Teacher:
@@ -107,20 +110,29 @@ def check(config: Config) -> list[str]:
     """Validate a run without training it: config, shards, gaze, model, launcher."""
     check_run_name(config.run)
     accelerator = build_accelerator(precision=config.precision, seed=config.seed)
-    train, val = open_data(config)
-    plan = make_plan(config, num_samples=train.num_samples, world_size=accelerator.num_processes)
+    sources, val = open_data(config)
+    plan = make_plan(config, sources=sources, world_size=accelerator.num_processes)
     teacher = build_teacher(config, accelerator=accelerator)
-    counts = [sum(t.num_inside for t in load_targets(shards)) for shards in (train, val)]
     (height, width), grid = config.data.image_size, teacher.model.grid
     return [
         f"launcher: {accelerator.num_processes} rank(s), {accelerator.distributed_type.value}, on {accelerator.device}",
-        f"train: {config.data.train}, {train.num_samples} images, {counts[0]} fixations",
-        f"val: {config.data.val}, {val.num_samples} images, {counts[1]} fixations",
+        *(_line(one, share=share) for one, share in sources.shares()),
+        f"val: {config.data.val}, {val.num_samples} images, {sum(t.num_inside for t in load_targets(val))} fixations",
         f"run: {plan.total_steps} steps of {config.data.batch_size} images ({plan.local_batch} a rank), a validation "
         f"every {validation_interval(config, plan)}",
         f"model: {config.model.backbone}, {sum(p.numel() for p in teacher.model.parameters()) / 1e6:.1f} M parameters, "
         f"{height}x{width} images to {grid[0]}x{grid[1]} maps",
     ]
+
+
+def _line(one: GazeSet, *, share: float) -> str:
+    """What `check` says about a training set."""
+    fixations = sum(target.num_inside for target in load_targets(one.shards, limits=one.sizes))
+    mixed = f"; {share:.1%} of the images trained on" if share < 1 else ""
+    return (
+        f"train: {one.shards.root}, {one.num_samples} images, {fixations} fixations, gaze {one.edition}, sigma "
+        f"{one.sigma:g} pixels{mixed}"
+    )
 
 
 def train(config: Config) -> RunFolder:
@@ -133,8 +145,8 @@ def train(config: Config) -> RunFolder:
     check_run_name(config.run)
     accelerator = build_accelerator(precision=config.precision, seed=config.seed)
     ranks = Ranks()
-    train_set, val_set = open_data(config)
-    plan = make_plan(config, num_samples=train_set.num_samples, world_size=ranks.world_size)
+    sources, val_set = open_data(config)
+    plan = make_plan(config, sources=sources, world_size=ranks.world_size)
     teacher = build_teacher(config, accelerator=accelerator)
     training = start_training(
         teacher,
@@ -142,17 +154,17 @@ def train(config: Config) -> RunFolder:
         ranks=ranks,
         run=RunFolder(config.runs / config.run),
         config=config,
-        resolved=config_to_dict(config),
+        resolved=resolved(config),
         batch_size=config.data.batch_size,
         steps_per_epoch=plan.steps_per_epoch,
         total_steps=plan.total_steps,
-        identity={"train": train_set.digest, "val": val_set.digest},
+        identity={"train": sources.digest, "val": val_set.digest},
     )
     with training:
         start = training.resume()
-        validation = Validation(training, config, val_set, train_digest=train_set.digest)
+        validation = Validation(training, config, val_set, sources=sources)
         if "stopped_after" not in training.extra:
-            _fit(training, config, teacher, plan=plan, start=start, shards=train_set, validation=validation)
+            _fit(training, config, teacher, plan=plan, start=start, sources=sources, validation=validation)
         _finish(training, validation)
     return training.run
 
@@ -164,14 +176,13 @@ def _fit(
     *,
     plan: Plan,
     start: int,
-    shards: ShardSet,
+    sources: GazeSets,
     validation: Validation,
 ) -> None:
     dataset = GazeDataset(
-        shards,
+        sources,
         size=config.data.image_size,
         grid=teacher.model.grid,
-        sigma=config.data.sigma or gaze_sigma(shards),
         augment=config.augment,
         seed=config.seed,
     )
@@ -197,7 +208,7 @@ def _fit(
             hooks=[*averaging, (validation_interval(config, plan), validation)],
         )
     except EarlyStop:
-        training.report(f"stopped early: {config.patience} validations without a better KLD")
+        training.report(f"stopped early: {config.patience} validations without a better {config.best_by}")
 
 
 def _finish(training: Training, validation: Validation) -> None:
@@ -205,8 +216,9 @@ def _finish(training: Training, validation: Validation) -> None:
     if not training.ranks.is_main:
         return
     run = training.run
-    if training.extra["best_kld"] is None:
-        raise FloatingPointError(f"no validation of {run.path} gave a KLD, so there is no teacher: lower optim.lr")
+    if training.extra["best"] is None:
+        name = validation.config.best_by
+        raise FloatingPointError(f"no validation of {run.path} gave a {name}, so there is no teacher: lower optim.lr")
     teacher = load_teacher(run.path)
     predictions = validation.predict_all(teacher.model)
     rows = compare([t for t, _ in predictions], [d for _, d in predictions], stride=validation.config.data.stride)
@@ -215,7 +227,7 @@ def _finish(training: Training, validation: Validation) -> None:
     metrics = {f"{row}/{name}": value for row, scores in rows.items() for name, value in scores.items()}
     last = {k: v for line in run.metrics() for k, v in line.items() if k.startswith("train/")}
     step = training.extra.get("stopped_after", training.total_steps)
-    about = {name: teacher.facts[name] for name in ("hash", "step", "image_size")}
+    about = {name: teacher.facts[name] for name in ("hash", "step", "image_size", "sources")}
     more = last | {"data/num_bad": training.extra.get("num_bad", 0)}
     run.write_summary(metrics | more, step=step, teacher=about, data=training.identity)
     write_maps(run.path / "maps.safetensors", predictions)

@@ -15,25 +15,27 @@ from teacher.data import GazeDataset
 from teacher.model import SaliencyModel
 from teacher.report import NUM_PICTURES, Predictions, evenly, side_by_side
 from teacher.saved import save_teacher
+from teacher.sources import GazeSet, GazeSets
 
+LOWER_IS_BETTER = ("kld",)
 SOFTWARE = ("python", "torch", "timm", "numpy")
 
 
 class EarlyStop(Exception):
-    """The validation KLD has not become better for long enough; the checkpoint is written."""
+    """The teacher has not become better for long enough; the checkpoint is written."""
 
 
 class Validation:
-    """Scores the teacher on the validation set and keeps the one with the lowest KLD in `runs/<name>/best/`.
+    """Scores the teacher on the validation set and keeps the best one in `runs/<name>/best/`.
 
     Called by the training loop with the number of steps done, on every rank.
     """
 
-    def __init__(self, training: Training, config: Config, shards: ShardSet, *, train_digest: str) -> None:
-        self.training, self.config, self.shards, self.train_digest = training, config, shards, train_digest
+    def __init__(self, training: Training, config: Config, shards: ShardSet, *, sources: GazeSets) -> None:
+        self.training, self.config, self.shards, self.sources = training, config, shards, sources
         self.targets = {(t.shard, t.row): t for t in load_targets(shards, sigma=config.data.sigma)}
         self.shown: Predictions = []
-        training.extra.setdefault("best_kld", None)
+        training.extra.setdefault("best", None)
         training.extra.setdefault("num_since_best", 0)
 
     def __call__(self, step: int) -> None:
@@ -47,9 +49,8 @@ class Validation:
             training.report(f"validation after step {step}: " + ", ".join(f"{n} {means[n]:.4f}" for n in METRICS))
             if self.config.loop.tracker == "wandb":
                 self._send_pictures(step)
-        # a KLD that is not a number is below nothing, and so never the best
-        if means["num_images"] and means["kld"] < (np.inf if extra["best_kld"] is None else extra["best_kld"]):
-            extra.update(best_kld=means["kld"], num_since_best=0)
+        if means["num_images"] and self._is_better(means[self.config.best_by]):
+            extra.update(best=means[self.config.best_by], num_since_best=0)
             self._keep(step, means, prefix=teacher.chosen_prefix)
         else:
             extra["num_since_best"] += 1
@@ -57,6 +58,13 @@ class Validation:
             extra["stopped_after"] = step
             training.save(step)
             raise EarlyStop
+
+    def _is_better(self, value: float) -> bool:
+        """Whether this is the best value so far; what is not a number never is."""
+        best = self.training.extra["best"]
+        if best is None:
+            return bool(np.isfinite(value))
+        return value < best if self.config.best_by in LOWER_IS_BETTER else value > best
 
     def score(self, model: SaliencyModel) -> dict[str, float]:
         """Means of the scores over the validation set; every rank must call it, and each scores its part."""
@@ -80,7 +88,7 @@ class Validation:
         """Targets with a fixation and readable image, and the densities `(rows, columns)` predicted for them."""
         config, accelerator = self.config, self.training.accelerator
         sigma = next(iter(self.targets.values())).sigma
-        dataset = GazeDataset(self.shards, size=model.image_size, grid=(1, 1), sigma=sigma)
+        dataset = GazeDataset(GazeSets([GazeSet(self.shards, sigma)]), size=model.image_size, grid=(1, 1))
         size = config.data.batch_size
         parts = [positions[i : i + size] for i in range(0, len(positions), size)]
         loader = make_loader(dataset, parts, num_workers=min(config.loop.num_workers, len(parts)))
@@ -115,7 +123,8 @@ class Validation:
             facts={
                 "step": step,
                 "metrics": means,
-                "data": {"train": self.train_digest, "val": self.shards.digest},
+                "data": {"train": self.sources.digest, "val": self.shards.digest},
+                "sources": self.sources.describe(),
                 "gaze": {**self.shards.manifest.extra["gaze"], "sigma": next(iter(self.targets.values())).sigma},
                 "software": {name: software[name] for name in SOFTWARE},
             },

@@ -101,8 +101,12 @@ class Salicon:
         return chosen
 
     def _sigma(self, item: Item) -> float:
+        return round(SIGMA_PER_WIDTH * self._size(item)[1], 4)
+
+    def _size(self, item: Item) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
         try:
-            return round(SIGMA_PER_WIDTH * image_size(self.read(item))[1], 4)
+            return image_size(self.read(item))
         except (OSError, ValueError) as error:
             raise InputError(f"{self.images / item.name}: unusable image ({error}): unpack the images again") from error
 
@@ -155,8 +159,15 @@ class Salicon:
             path = self._beside("maps", item.name, ".png")
             shipped = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) if path is not None else None
             points = [point for observer in self.fixations(item) or [] for point in observer]
-            if shipped is not None and points:
-                pairs.append((np.array(points, dtype=np.int64), shipped.astype(np.float64)))
+            if shipped is None or not points:
+                continue
+            size = self._size(item)
+            if shipped.shape != size:
+                raise InputError(
+                    f"{path}: is a map of {shipped.shape[1]}x{shipped.shape[0]} pixels, its image {item.name} has "
+                    f"{size[1]}x{size[0]}: take images, fixations and maps of one release"
+                )
+            pairs.append((np.array(points, dtype=np.int64), shipped.astype(np.float64)))
         check_agreement(pairs, sigma=self.gaze["sigma"] if self.gaze else 0.0, where=str(self.root))
         return bool(pairs)
 

@@ -1,6 +1,9 @@
 """Tiny gaze and image sets, and a teacher trained on them."""
 
 import os
+import runpy
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from engine.program import parse_config
 from shards.pack import pack
@@ -59,6 +63,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def launcher_forgotten() -> Iterator[None]:
+    """accelerate keeps the first precision of a process: the next test may want another."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the gaze sets `train`, `val`, `unlooked` and `mouse`, and `images` without gaze."""
@@ -92,6 +103,14 @@ def training_options(data: Path, runs: Path, **options: object) -> dict[str, obj
 def arguments_of(options: dict[str, object]) -> list[str]:
     """Command line of options."""
     return [f"--{key.replace('__', '.')}={value}" for key, value in options.items()]
+
+
+def run_here(*words: object) -> int:
+    """Run a program in this process, which has paid for its imports; returns its exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", [str(word) for word in words])
+        runpy.run_path(str(words[0]), run_name="__main__")
+    return int(end.value.code or 0)
 
 
 @pytest.fixture(scope="session")

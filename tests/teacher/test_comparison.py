@@ -51,11 +51,29 @@ def test_large_sets_are_compared_on_some_of_their_images(monkeypatch: pytest.Mon
     assert {scores["num_images"] for scores in rows.values()} == {4}
 
 
-def test_images_of_several_sizes_have_the_centre_bias_alone() -> None:
+def test_images_of_several_sizes_have_every_baseline() -> None:
     targets = make_targets(3) + make_targets(2, size=(50, 30))
     rows = compare(targets, [torch.rand(5, 5) for _ in targets], stride=4)
-    assert set(rows) == {"attention", "centre_bias"} and rows["attention"]["num_images"] == 5
-    assert set(compare(targets[:1], [torch.rand(5, 5)], stride=4)) == {"attention"}
+    assert set(rows) == {"attention", "uniform", "centre_bias", "one_human", "split_half"}
+    assert {scores["num_images"] for scores in rows.values()} == {5}
+    assert rows["uniform"]["auc_judd"] == 0.5 and rows["one_human"]["nss"] > rows["centre_bias"]["nss"]
+
+
+def test_images_of_several_sizes_are_scored_by_the_same_rules() -> None:
+    """On images of one size both ways of scoring agree; one observer has looked beside the image."""
+    targets = make_targets(6)
+    targets[2].points[targets[2].observers == 1] = -5
+    maps = [torch.rand(8, 8, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    whole = compare(targets, maps, stride=4)
+    each = comparison._of_several_sizes(targets, maps, stride=4)
+    for row, scores in each.items():
+        for name in ("nss", "kld", "cc", "sim", "auc_judd"):
+            assert scores[name] == pytest.approx(whole[row][name], rel=1e-4, abs=1e-6), (row, name)
+
+
+def test_a_single_image_has_no_centre_bias() -> None:
+    rows = compare(make_targets(1), [torch.rand(5, 5)], stride=4)
+    assert set(rows) == {"attention", "uniform", "one_human", "split_half"}
 
 
 def test_one_observer_leaves_the_human_rows_empty_in_the_table() -> None:

@@ -12,7 +12,13 @@ from shards.gaze import GazeTarget
 from shards.reader import ShardSet
 from teacher.config import AugmentConfig
 from teacher.data import Change, GazeDataset, change_generator, change_image, draw_change, move_target
+from teacher.sources import GazeSet, GazeSets
 from tests.teacher.conftest import SIGMA
+
+
+def whole(path: Path) -> GazeSets:
+    """One set as it is."""
+    return GazeSets([GazeSet(ShardSet(path), SIGMA)])
 
 
 def make_target(points: list[list[float]], size: tuple[int, int]) -> GazeTarget:
@@ -63,9 +69,8 @@ def test_crops_lie_inside_and_keep_their_share_and_shape() -> None:
 
 
 def test_a_sample_is_changed_alike_wherever_it_is_read(data: Path) -> None:
-    shards = ShardSet(data / "train")
     augment = AugmentConfig(flip=0.5, min_area=0.5, jitter=0.3)
-    dataset = GazeDataset(shards, size=(32, 48), grid=(8, 12), sigma=SIGMA, augment=augment, seed=7)
+    dataset = GazeDataset(whole(data / "train"), size=(32, 48), grid=(8, 12), augment=augment, seed=7)
     many = dataset.__getitems__([(3, 0, 1), (3, 1, 4), (4, 0, 1)])
     alone = dataset[(3, 1, 4)]
     assert torch.equal(many.images[1], alone.images[0]) and torch.equal(many.maps[1], alone.maps[0])
@@ -73,7 +78,7 @@ def test_a_sample_is_changed_alike_wherever_it_is_read(data: Path) -> None:
 
 
 def test_a_batch_holds_maps_counts_and_what_could_not_be_used(data: Path) -> None:
-    dataset = GazeDataset(ShardSet(data / "train"), size=(32, 48), grid=(12, 16), sigma=SIGMA)
+    dataset = GazeDataset(whole(data / "train"), size=(32, 48), grid=(12, 16))
     batch = dataset.__getitems__([(0, 0, 0), (0, 2, 3)])
     torch.testing.assert_close(batch.maps.sum((1, 2)), torch.ones(2))
     # two fixations on the blob; the one beside the image counts nowhere
@@ -91,7 +96,7 @@ def test_reading_processes_start_after_this_one_has_used_opencv(data: Path) -> N
     cv2.setNumThreads(2)
     large = np.zeros((1000, 1000, 3), dtype=np.uint8)
     cv2.cvtColor(cv2.resize(large, (3000, 3000)), cv2.COLOR_BGR2HSV)
-    dataset = GazeDataset(ShardSet(data / "train"), size=(32, 48), grid=(8, 12), sigma=SIGMA)
+    dataset = GazeDataset(whole(data / "train"), size=(32, 48), grid=(8, 12))
     for _ in range(3):
         batches = list(make_loader(dataset, [[(0, 0, 0), (0, 0, 1)], [(0, 1, 0)]], num_workers=1))
         assert [len(batch.images) for batch in batches] == [2, 1]

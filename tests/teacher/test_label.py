@@ -21,8 +21,8 @@ from teacher.data import load_image
 from teacher.label_config import LabelConfig
 from teacher.labeller import check, label, shards_of_task
 from teacher.saved import load_teacher
-from tests.teacher.conftest import SIZE
-from tests.tools import REPOSITORY, clean_environment, run_python
+from tests.teacher.conftest import SIZE, run_here
+from tests.tools import REPOSITORY, clean_environment
 
 LABEL = REPOSITORY / "teacher" / "label.py"
 
@@ -61,6 +61,7 @@ def test_labels_are_the_teachers_maps_and_say_whose_they_are(labels: Path, train
     about = json.loads((labels / "manifest.json").read_text())["teacher"]
     assert about["hash"] == teacher.hash and about["backbone"] == "test_resnet"
     assert about["metrics"] == teacher.facts["metrics"] and about["data"] == teacher.facts["data"]
+    assert [one["name"] for one in about["sources"]] == ["train"] and set(about["software"]) >= {"torch", "timm"}
 
 
 def test_labelling_again_changes_nothing(labels: Path, trained: Path, data: Path) -> None:
@@ -167,6 +168,18 @@ def test_the_parts_of_all_tasks_are_the_whole(data: Path) -> None:
         assert [shard for part in parts for shard in part] == [0, 1, 2, 3, 4]
 
 
+def test_a_teacher_of_an_earlier_version_still_labels(labels: Path, trained: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "best" / "config.json"
+    facts = json.loads(path.read_text())
+    del facts["sources"], facts["model"]["stride"]
+    path.write_text(json.dumps(facts))
+    found = contents(label(config_of(tmp_path / "run", data, tmp_path / "labels")))
+    about = json.loads(found.pop("manifest.json"))["teacher"]
+    assert found == {name: data for name, data in contents(labels).items() if name != "manifest.json"}
+    assert "sources" not in about and about["data"] == facts["data"]
+
+
 def spoil(run: Path, what: str) -> None:
     """Make a run unusable in one way."""
     best = run / "best"
@@ -180,6 +193,8 @@ def spoil(run: Path, what: str) -> None:
         save_file({name: value + 1 for name, value in state.items()}, best / "model.safetensors")
     elif what == "other architecture":
         facts["model"]["backbone"] = "resnet18"
+    elif what == "unknown option":
+        facts["model"]["depth"] = 3
     elif what == "other schema":
         facts["schema"] = 99
     elif what == "no json":
@@ -196,6 +211,7 @@ def spoil(run: Path, what: str) -> None:
         ("no best", "no teacher in"),
         ("changed weights", "is not what config.json beside it names"),
         ("other architecture", "is of another architecture"),
+        ("unknown option", "model has the keys"),
         ("other schema", "schema 99"),
         ("no json", "describes no teacher"),
     ],
@@ -239,8 +255,9 @@ def test_a_folder_with_other_labels_is_refused(labels: Path, trained: Path, data
     assert contents(labels) == before
 
 
-def test_bad_input_ends_the_program_with_one_line_and_code_2(trained: Path, data: Path, tmp_path: Path) -> None:
-    config = config_of(trained / "nowhere", data, tmp_path / "labels")
-    done = run_python(*arguments_of(config), cwd=tmp_path)
-    assert done.returncode == 2 and "\n" not in done.stderr.strip(), done.stderr
-    assert "no run in" in done.stderr and "teacher/main.py" in done.stderr
+def test_bad_input_ends_the_program_with_one_line_and_code_2(
+    trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run_here(*arguments_of(config_of(trained / "nowhere", data, tmp_path / "labels")))
+    error = capsys.readouterr().err.strip()
+    assert code == 2 and "no run in" in error and "teacher/main.py" in error and "\n" not in error

@@ -31,6 +31,15 @@ def test_any_backbone_gives_log_densities_on_its_finest_grid(
     torch.testing.assert_close(log_density.exp().sum((1, 2)), torch.ones(2))
 
 
+@pytest.mark.parametrize(("stride", "grid"), [(4, (16, 24)), (8, (8, 12)), (3, (22, 32)), (1, (64, 96))])
+def test_the_stride_sets_the_grid_of_the_map(stride: int, grid: tuple[int, int]) -> None:
+    config = ModelConfig(backbone="resnet18", taps=[1, 3], stride=stride)
+    model = SaliencyModel(config, image_size=(64, 96)).eval()
+    log_density = model(torch.randint(256, (2, 64, 96, 3), dtype=torch.uint8))
+    assert model.grid == grid and log_density.shape == (2, *grid)
+    torch.testing.assert_close(log_density.exp().sum((1, 2)), torch.ones(2))
+
+
 def test_every_part_learns() -> None:
     torch.manual_seed(0)
     config = ModelConfig(backbone="resnet18", smoothing=1.0, centre_prior=True, channels=4)
@@ -71,6 +80,7 @@ def test_centre_prior_is_a_gaussian_of_its_widths() -> None:
         (ModelConfig(backbone="resnet_eighteen"), "is no timm model"),
         (ModelConfig(backbone="resnet18", taps=[5]), "levels 0 to 4"),
         (ModelConfig(backbone="resnet18", taps=[1, -4]), "twice"),
+        (ModelConfig(backbone="resnet18", stride=65), "model.stride 65 is more than the smaller side"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_refused(config: ModelConfig, message: str) -> None:
