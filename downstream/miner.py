@@ -60,17 +60,9 @@ def mine(
     Raises:
         ValueError: the model gives scores that are not finite.
     """
-    features = model.encode(inputs)
     count = len(targets)
     state: Surrogates | None = None
-    for rows, chosen, keep in _probes(inputs, count, masks, max_rows=max_rows, device=targets.device):
-        copies = {name: value[rows] for name, value in features.items()}
-        copies[modality] = copies[modality] * keep.unsqueeze(-1).to(copies[modality].dtype)
-        found = model.attend(copies, {name: value[rows] for name, value in inputs.items()})
-        scores = true_class_score(found.logits, targets[rows])
-        if not bool(torch.isfinite(scores).all()):
-            raise ValueError("the probed model gives scores that are not finite: train it again with a lower rate")
-        maps = found.maps[modality].float()
+    for rows, chosen, scores, maps in probe(model, inputs, targets, modality=modality, masks=masks, max_rows=max_rows):
         if state is None:
             state = Surrogates(
                 maps=maps.new_zeros((count, *maps.shape[1:])),
@@ -81,6 +73,32 @@ def mine(
         _keep_best(state, rows, chosen, scores, maps)
     assert state is not None, "a batch has at least one example, and an example at least one mask"
     return state
+
+
+@torch.inference_mode()
+def probe(
+    model: AttentionModel,
+    inputs: Inputs,
+    targets: Tensor,
+    *,
+    modality: str,
+    masks: Callable[[Inputs], Tensor],
+    max_rows: int = 2048,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Every probe of a batch, at most `max_rows` at a time; arguments and errors as in `mine`.
+
+    Yields:
+        Example numbers, mask numbers, true-class scores, all `(probes,)`, and maps `(probes, *positions)`.
+    """
+    features = model.encode(inputs)
+    for rows, chosen, keep in _probes(inputs, len(targets), masks, max_rows=max_rows, device=targets.device):
+        copies = {name: value[rows] for name, value in features.items()}
+        copies[modality] = copies[modality] * keep.unsqueeze(-1).to(copies[modality].dtype)
+        found = model.attend(copies, {name: value[rows] for name, value in inputs.items()})
+        scores = true_class_score(found.logits, targets[rows])
+        if not bool(torch.isfinite(scores).all()):
+            raise ValueError("the probed model gives scores that are not finite: train it again with a lower rate")
+        yield rows, chosen, scores, found.maps[modality].float()
 
 
 def _probes(

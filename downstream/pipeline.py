@@ -12,6 +12,7 @@ from downstream.objective import ADVERSARIAL
 from downstream.protocol import AttentionModel, Task
 from downstream.stage import FIRST_STEP, Stage, best_weights, stage_folder, train_stage
 from downstream.surrogates import PART, SurrogateStore, num_parts
+from downstream.table import write_table
 from downstream.tasks.registry import open_task
 from engine.errors import InputError
 from engine.launch import build_accelerator
@@ -52,7 +53,7 @@ def modalities_of(config: DownstreamConfig, task: Task) -> list[str]:
 
 
 def run_pipeline(config: DownstreamConfig) -> dict[tuple[str, int], dict[str, float]]:
-    """Run every arm and seed of `config`; what is complete on disk is taken from there.
+    """Run every arm and seed of `config` and write their table; what is complete on disk is taken from there.
 
     Returns:
         Metrics by (arm, seed).
@@ -78,6 +79,7 @@ def run_pipeline(config: DownstreamConfig) -> dict[tuple[str, int], dict[str, fl
                 use = {m: s.best > 0 if config.supervision.only_better else s.best >= 0 for m, s in found.items()}
                 stage = replace(stage, maps={m: s.maps for m, s in found.items()}, use=use)
             results[arm, seed] = train_stage(task, config, stage, ranks=ranks).read_summary()["metrics"]
+    ranks.on_main(lambda: write_table(config, task, results))
     return results
 
 

@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ figure { margin: 1rem 0; } figcaption, .note { opacity: .75; font-size: .9rem; }
 figure.plot img { max-width: 100%; background: #fff; border-radius: .4rem; }
 .gallery { overflow-x: auto; } .gallery td, .gallery th { border: 0; padding: .2rem; text-align: center; }
 .gallery img { width: 8.5rem; height: auto; border-radius: .3rem; display: block; }
+.words { margin: .2rem 0; } .words b { display: inline-block; min-width: 8rem; } .words span { padding: 0 .15rem; }
 code, pre { background: var(--soft); border-radius: .3rem; padding: .1rem .3rem; overflow-x: auto; }
 """
 
@@ -83,6 +84,16 @@ class Page:
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         )
 
+    def words(self, words: Sequence[str], weights: Sequence[float], *, label: str) -> None:
+        """Add a line of words, each shaded by its weight relative to the largest, and with it as its title."""
+        top = max(max(weights, default=0.0), 1e-12)
+        shaded = " ".join(
+            f'<span style="background: rgb(242 140 40 / {0.85 * weight / top:.2f})" title="{weight:.3f}">'
+            f"{html.escape(word)}</span>"
+            for word, weight in zip(words, weights, strict=True)
+        )
+        self.parts.append(f'<p class="words"><b>{html.escape(label)}</b> {shaded}</p>')
+
     def write(self, path: Path) -> None:
         """Write the page atomically."""
         title = html.escape(self.title)
@@ -117,7 +128,7 @@ def overlay(image: np.ndarray, density: np.ndarray, *, strength: float = 0.6) ->
     return (image * (1 - weight) + heat * weight).astype(np.uint8)
 
 
-def curves_svg(curves: dict[str, tuple[Sequence[float], Sequence[float]]], *, x_label: str, y_label: str) -> bytes:
+def curves_svg(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_label: str, y_label: str) -> bytes:
     """Line plot of named (x, y) curves as SVG."""
     # imported here: only reports draw, and matplotlib takes a second
     import matplotlib
