@@ -1,133 +1,116 @@
 """How well predicted attention agrees with where people looked."""
 
-import dataclasses
-
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from attention.maps import log_density
 from engine.errors import InputError
-from pretrain.config import Arm, Config
-from pretrain.data import view_batches
-from pretrain.encoder import load_heads
-from pretrain.evaluators.base import Result, Subject
-from pretrain.evaluators.features import image_batches
-from pretrain.model import AttentionHead, input_statistics, resolve_stages
-from pretrain.objective import Objective, attention_objective
+from pretrain.evaluators.attention_maps import Densities, feature_norm, grad_cam, has_feature_map, open_readout
+from pretrain.evaluators.base import Evaluator, Result, Subject
+from pretrain.evaluators.features import UNREADABLE, Job, Outputs, collect
+from pretrain.evaluators.gaze_rows import GazeRows, means
+from pretrain.evaluators.linear_probe import fit_on
+from pretrain.evaluators.prepare import CentreCrop
+from pretrain.evaluators.sources import ShardImages, train_images
+from pretrain.evaluators.subjects import state_hash
 from pretrain.probe_config import ProbeConfig
-from pretrain.trainer import make_dataset, open_data
-from shards.gaze import load_targets, score_densities
+from shards.gaze import GazeTarget, load_targets
 from shards.reader import ShardSet
-
-
-class Readout(nn.Module):
-    """Attention heads on a frozen backbone."""
-
-    def __init__(self, config: Config, backbone: nn.Module) -> None:
-        super().__init__()
-        self.stages = resolve_stages(backbone, config.attention.stages)
-        channels = [info["num_chs"] for info in backbone.feature_info]  # type: ignore[union-attr]
-        self.heads = nn.ModuleList(
-            AttentionHead(channels[stage], channels=config.attention.channels, norm=config.model.head_norm)
-            for stage in self.stages
-        )
-
-    def forward(self, backbone: nn.Module, images: Tensor) -> list[Tensor]:
-        """Logits `(batch, height, width)` of each head."""
-        with torch.no_grad():
-            maps = backbone.forward_intermediates(  # type: ignore[operator]
-                images, indices=self.stages, norm=False, output_fmt="NCHW", intermediates_only=True
-            )
-        return [head(x) for head, x in zip(self.heads, maps, strict=True)]
 
 
 def alignment(subject: Subject, probe: ProbeConfig) -> Result:
     """Score the attention head, or a read-out trained on the frozen encoder where it has none, against human gaze.
 
-    Metrics: `nss`, `kld`, `cc`, `sim`, `auc_judd`, means over the images of the gaze shards with at least one fixation.
+    Metrics, means over the images of the gaze shards with at least one fixation: `nss`, `kld`, `cc`, `sim`,
+    `auc_judd`, `auc_borji`, `auc_shuffled`, `information_gain` (over the centre bias), `spearman`; the same with
+    `feature_norm/` and `grad_cam/` in front for those maps, and with `uniform/`, `centre_bias/`, `one_human/`,
+    `split_half/` for what needs no model. `num_images` were scored, `num_skipped` were not.
 
     Raises:
         InputError: shards without gaze, or no labels to train a read-out from.
     """
-    gaze = ShardSet(probe.gaze)
-    targets = load_targets(gaze)
-    readout = Readout(subject.config, subject.backbone).to(subject.device)
-    heads = load_heads(subject.encoder) if subject.encoder is not None else {}
-    source = "the student's own head"
-    if heads:
-        readout.heads.load_state_dict(heads)
-    else:
-        source = f"read-out trained for {subject.step} steps on the frozen encoder"
-        train_readout(readout, subject, probe)
-    densities = predict_densities(readout.eval(), subject, probe, gaze)
-    numbers = [int(gaze.shard_starts[target.shard]) + target.row for target in targets]
-    chosen = [densities[i] for i in numbers]
-    metrics = score_densities(targets, chosen, stride=probe.gaze_options.stride)
+    options = probe.gaze_options
+    images, targets = gaze_set(probe)
+    readout, origin = open_readout(subject, probe)
+    rows = GazeRows(targets, stride=options.stride, negatives=options.negatives, seed=probe.seed)
+    predicted = _predict(
+        subject, probe, images, lambda x: readout.densities(subject.backbone, x), key=f"readout-{state_hash(readout)}"
+    )
+    densities = _of_targets(predicted, targets, images)
+    values = rows.score_each(densities)
+    scored = int(np.isfinite(values["nss"]).sum())
+    metrics = means(values) | {"num_images": float(scored), "num_skipped": float(len(images) - scored)}
     protocol = {
-        "gaze": {"samples": gaze.num_samples, "scored": len(targets), "digest": gaze.digest},
-        "map": source,
-        "stride": probe.gaze_options.stride,
+        "gaze": {"samples": len(images), "scored": scored, "digest": images.digest},
+        "map": origin,
+        "stride": options.stride,
+        "negatives": options.negatives,
         "seed": probe.seed,
     }
-    maps = {target.key: density for target, density in zip(targets, chosen, strict=True)}
-    return Result({name: float(value) for name, value in metrics.items()}, protocol, maps)
+    for name, make, key in _other_maps(subject, probe, protocol):
+        found = _predict(subject, probe, images, make, key=key)
+        scores = means(rows.score_each(_of_targets(found, targets, images)))
+        metrics |= {f"{name}/{metric}": value for metric, value in scores.items()}
+    if "baselines" in options.rows:
+        for row, scores in rows.baselines(subject.cache, digest=images.digest).items():
+            metrics |= {f"{row}/{metric}": value for metric, value in scores.items()}
+    table = {name: [float(v) for v in each] for name, each in values.items() if np.isfinite(each).all()}
+    maps = {target.key: density.numpy() for target, density in zip(targets, densities, strict=True)}
+    return Result(metrics, protocol, maps=maps, tables={"by_image": table})
 
 
-def predict_densities(readout: Readout, subject: Subject, probe: ProbeConfig, gaze: ShardSet) -> np.ndarray:
-    """Densities `(num_samples, rows, columns)` of whole images, squeezed to the student's square input.
+def gaze_set(probe: ProbeConfig) -> tuple[ShardImages, list[GazeTarget]]:
+    """The images with gaze that are used, and the targets among them with a fixation inside.
 
-    With heads on several stages, the mean of their densities on the finest stage's grid.
+    Raises:
+        InputError: shards without gaze.
     """
-    parts = []
-    with torch.inference_mode():
-        for images, _ in image_batches(subject, probe, gaze, crop=0.0):
-            logits = readout(subject.backbone, images)
-            grid = max((tuple(one.shape[1:]) for one in logits), default=(1, 1))
-            fine = [_upsample(log_density(one).exp(), grid) for one in logits]
-            parts.append(torch.stack(fine).mean(0).cpu().numpy())
-    gathered = subject.ranks.gather(np.concatenate(parts) if parts else None)
-    return np.concatenate([part for part in gathered if part is not None])
+    shards = ShardSet(probe.gaze)
+    targets = load_targets(shards)
+    images = ShardImages(shards, limit=probe.max_gaze)
+    places = {images.place(number) for number in range(len(images))}
+    chosen = [target for target in targets if (target.shard, target.row) in places and target.num_inside]
+    if not chosen:
+        raise InputError(f"{probe.gaze}: none of the {len(images)} images used has a fixation: raise max_gaze")
+    return images, chosen
 
 
-def train_readout(readout: Readout, subject: Subject, probe: ProbeConfig) -> None:
-    """Train the heads alone, on the run's own views, batches and attention loss, for as many steps as the run had.
-
-    Every rank trains the same heads on the whole batch: the result does not depend on the number of ranks.
-    """
-    run = subject.config
-    labels = probe.labels or run.data.labels
-    if labels is None:
-        raise InputError(f"{probe.run} has no attention head: give label shards to train a read-out with --labels")
-    arm: Arm = "contrastive+attention" if run.contrastive else "supervised+attention"
-    config = dataclasses.replace(run, arm=arm, data=dataclasses.replace(run.data, labels=labels, teacher=None))
-    shards = open_data(config)
-    torch.manual_seed(probe.seed)
-    optimizer = torch.optim.AdamW(readout.parameters(), lr=probe.gaze_options.readout_lr, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, subject.step)
-    objective = Objective(subject.backbone, config, input_statistics(subject.backbone), subject.device)
-    batches = view_batches(
-        make_dataset(config, shards),
-        data=config.data,
-        loop=dataclasses.replace(run.loop, num_workers=probe.num_workers),
-        rank=0,
-        world_size=1,
-        start_step=0,
-        stop_step=subject.step,
-        seed=run.seed,
-    )
-    for step, batch in enumerate(batches):
-        batch = batch.to(subject.device)
-        loss, _ = attention_objective(readout(subject.backbone, objective.prepare(batch)), batch, config.attention)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            subject.report(f"read-out step {step}/{subject.step} loss {loss.item():.4f}")
+def _of_targets(outputs: Outputs, targets: list[GazeTarget], images: ShardImages) -> list[Tensor]:
+    """The density of each target; the uniform one where its image could not be read."""
+    numbers = {images.place(number): number for number in range(len(images))}
+    maps, labels = outputs["maps"], outputs["labels"]
+    flat = torch.full(maps.shape[1:], 1 / maps[0].numel())
+    chosen = [numbers[target.shard, target.row] for target in targets]
+    return [maps[number] if labels[number] != UNREADABLE else flat for number in chosen]
 
 
-def _upsample(density: Tensor, grid: tuple[int, ...]) -> Tensor:
-    fine = functional.interpolate(density.unsqueeze(1), size=grid, mode="bilinear", align_corners=False).squeeze(1)
-    return fine / fine.sum((1, 2), keepdim=True)
+def _predict(subject: Subject, probe: ProbeConfig, images: ShardImages, densities: Densities, *, key: str) -> Outputs:
+    """Densities of whole images, squeezed to the encoder's square input."""
+    prepare = CentreCrop(subject.image_size, 0.0)
+    return collect(subject, probe, Job(images, prepare, lambda x: {"maps": densities(x)}, key, "attention maps"))
+
+
+def _other_maps(subject: Subject, probe: ProbeConfig, protocol: dict[str, object]) -> list[tuple[str, Densities, str]]:
+    """Maps to score beside the predicted attention: name, densities, key; the protocol says what was left out."""
+    rows = probe.gaze_options.rows
+    found: list[tuple[str, Densities, str]] = []
+    if "feature_norm" in rows:
+        found.append(("feature_norm", feature_norm(subject), "feature-norm"))
+    if "grad_cam" in rows:
+        try:
+            train = train_images(probe)
+        except InputError as error:
+            protocol["grad_cam"] = f"left out: {error}"
+            return found
+        if len(train.classes) < 2 or not has_feature_map(subject):
+            why = "the training shards have no classes" if len(train.classes) < 2 else "no convolutional feature map"
+            protocol["grad_cam"] = f"left out: {why}"
+            return found
+        head = fit_on(subject, probe, train)
+        key = f"grad-cam-{train.digest}-{vars(probe.linear)}-{probe.seed}-{probe.crop}"
+        found.append(("grad_cam", grad_cam(subject, head), key))
+        protocol["grad_cam"] = f"of a linear probe on {len(train)} images"
+    return found
+
+
+evaluator = Evaluator("alignment", needs=("gaze",), run=alignment, prefix="attention")

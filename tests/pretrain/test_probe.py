@@ -1,8 +1,9 @@
 """Probes: the linear classifier against scikit-learn, and the whole program on a small run."""
 
 import json
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from engine.errors import InputError
 from pretrain.evaluators.linear_probe import fit_linear
-from pretrain.probe_config import LinearConfig
+from pretrain.evaluators.offline import check_probe, probe_run
+from pretrain.probe_config import GazeConfig, KnnConfig, LinearConfig
 from tests.conftest import TinySample
+from tests.pretrain.evaluators.conftest import tiny_probe, write_run
 from tests.tools import REPOSITORY, accelerate, run_python
 
 PROBE = REPOSITORY / "pretrain" / "probe.py"
@@ -42,49 +46,47 @@ def test_linear_probe_is_as_good_as_scikit_learn() -> None:
     assert found > expected - 0.005
 
 
-def run_and_probe(config: Path, sample: TinySample, runs: Path, *, launcher: str = "python") -> dict[str, float]:
-    data = ("--train", sample.train, "--val", sample.val, "--gaze", sample.gaze, "--linear.epochs", 5)
-    arguments = ("--run", runs / "student", *data, "--num_workers", 0, "--gaze_options.stride", 2)
-    done = run_python(PROBE, *arguments) if launcher == "python" else accelerate(launcher, PROBE, *arguments)
+def test_the_program_gives_on_two_ranks_what_one_process_finds(tiny_sample: TinySample, tmp_path: Path) -> None:
+    """A student without a head of its own: its read-out is trained, the same on any number of ranks."""
+    run = write_run(tmp_path / "student", tiny_sample, arm="contrastive").path
+    options = {"linear.epochs": 5, "knn.k": 9, "gaze_options.stride": 2, "gaze_options.readout_steps": 3}
+    sections = {"linear": LinearConfig(epochs=5), "knn": KnnConfig(k=9)}
+    names = "linear_probe,knn,alignment"
+    probe = tiny_probe(run, tiny_sample, evaluators=names, output=tmp_path / "one", **sections)
+    probe_run(replace(probe, gaze_options=GazeConfig(stride=2, readout_steps=3, readout_lr=0.004)))
+    data = ("--train", tiny_sample.train, "--val", tiny_sample.val, "--gaze", tiny_sample.gaze, "--num_workers", 1)
+    extra = [part for key, value in options.items() for part in (f"--{key}", value)]
+    done = accelerate("cpu2_ddp", PROBE, "--run", run, "--evaluators", names, *data, *extra)
     assert done.returncode == 0, done.stderr
-    return json.loads((runs / "student" / "summary.json").read_text())["metrics"]
+    one, two = (json.loads((path / "summary.json").read_text()) for path in (tmp_path / "one", run))
+    assert two["metrics"] == pytest.approx(one["metrics"], abs=1e-5) and one["metrics"]["attention/num_images"] == 20
+    assert two["protocols"] == one["protocols"]
+    for word in ("k 9, T 0.1", "5 epochs", "read-out"):
+        assert word in done.stdout
+    assert (run / "probe" / "alignment.safetensors").is_file()
 
 
-@pytest.mark.parametrize("arm", ["contrastive+attention", "contrastive"])
-def test_probe_gives_the_same_on_one_and_two_ranks(
-    student_config: Callable[..., Path], tiny_sample: TinySample, tmp_path: Path, arm: str
-) -> None:
-    """The contrastive arm has no head of its own: its read-out is trained, the same on any number of ranks."""
-    config = student_config(arm=arm, max_steps=3)
-    assert run_python(REPOSITORY / "pretrain" / "main.py", "--config", config).returncode == 0
-    one = run_and_probe(config, tiny_sample, tmp_path / "runs")
-    two = run_and_probe(config, tiny_sample, tmp_path / "runs", launcher="cpu2_ddp")
-    names = {"linear_probe/top1", "attention/nss", "attention/kld", "attention/cc"}
-    assert names <= one.keys() and one["attention/num_images"] == 20
-    for name in names:
-        assert two[name] == pytest.approx(one[name], abs=1e-5)
-    assert (tmp_path / "runs" / "student" / "probe" / "alignment.safetensors").is_file()
+def test_bad_input_is_one_line(tiny_sample: TinySample, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "student", tiny_sample).path
+    done = run_python(PROBE, "--run", run, "--evaluators", "linear_prob")
+    assert done.returncode == 2 and "did you mean 'linear_probe'" in done.stderr, done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("changes", "words"),
     [
-        (("--evaluators", "linear_prob"), ["linear_prob", "linear_probe"]),
-        (("--run", "runs/absent"), ["runs/absent"]),
-        (("--val", "absent"), ["absent"]),
+        ({"run": Path("runs/absent")}, "runs/absent"),
+        ({"val": Path("absent")}, "absent"),
+        ({"gaze": Path("absent")}, "absent"),
+        ({"run": None}, "--encoder"),
     ],
 )
-def test_bad_input_is_one_line(
-    student_config: Callable[..., Path],
-    tiny_sample: TinySample,
-    tmp_path: Path,
-    arguments: tuple[str, str],
-    words: list[str],
+def test_what_is_missing_is_named_before_anything_runs(
+    tiny_sample: TinySample, tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
-    config = student_config(max_steps=1)
-    assert run_python(REPOSITORY / "pretrain" / "main.py", "--config", config).returncode == 0
-    base = {"--run": tmp_path / "runs" / "student", "--train": tiny_sample.train, "--val": tiny_sample.val}
-    base |= {"--gaze": tiny_sample.gaze, arguments[0]: arguments[1]}
-    done = run_python(PROBE, *(part for pair in base.items() for part in pair))
-    assert done.returncode == 2 and all(word in done.stderr for word in words), done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    run = write_run(tmp_path / "student", tiny_sample).path
+    for start in (check_probe, probe_run):
+        with pytest.raises(InputError, match=words):
+            start(replace(tiny_probe(run, tiny_sample), **changes))
+    assert not (run / "summary.json").exists() and not (run / "probe").exists()

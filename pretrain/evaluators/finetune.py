@@ -1,0 +1,216 @@
+"""Semi-supervised fine-tuning: the whole encoder on a few labelled images, beside the same from random weights."""
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.errors import InputError
+from engine.loading import make_loader
+from pretrain.augment import normalize
+from pretrain.evaluators.base import Evaluator, Result, Subject
+from pretrain.evaluators.features import Prepared
+from pretrain.evaluators.linear_probe import accuracies, pair_protocol
+from pretrain.evaluators.prepare import CentreCrop, RandomView
+from pretrain.evaluators.sources import ShardImages, labelled_pair
+from pretrain.evaluators.subjects import untrained
+from pretrain.probe_config import FinetuneConfig, ProbeConfig
+from shards.folder import open_folder
+from shards.keys import make_key
+from shards.opening import read_shard_index
+
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training: from which weights, on which images (numbers in the training set)."""
+
+    name: str
+    scratch: bool
+    numbers: tuple[int, ...]
+
+
+def finetune(subject: Subject, probe: ProbeConfig) -> Result:
+    """Fine-tune all weights on a share of the training images and measure on the validation images.
+
+    Metrics, percent: `<share>/top1`, with more than five classes `<share>/top5`, and `scratch/<share>/top1` of the same
+    training from random weights; a share is `1%` or the name of a list. Each arm is trained by one rank, so the result
+    does not depend on their number.
+
+    SimCLR (appendix B.5) fine-tunes with Nesterov momentum, learning rate 0.05 * batch / 256, crop and flip, no weight
+    decay, 60 epochs for 1 % and 30 for 10 %; the new classifier's higher rate is our choice.
+
+    Raises:
+        InputError: shares or lists that leave a class without an image, a list that names unknown images.
+    """
+    config, ranks = probe.finetune, subject.ranks
+    train, val = labelled_pair(probe)
+    arms = plan_arms(config, train, seed=probe.seed)
+    own: dict[str, dict[str, float]] = {}
+    for number, arm in enumerate(arms):
+        if number % ranks.world_size == ranks.rank:
+            own[arm.name] = _run_arm(arm, subject, probe, train, val)
+            subject.report(f"finetune: {arm.name}, {len(arm.numbers)} images: top1 {own[arm.name]['top1']:.2f}")
+    found: dict[str, dict[str, float]] = {}
+    for part in ranks.gather(own):
+        found |= part
+    metrics = {f"{arm.name}/{name}": value for arm in arms for name, value in found[arm.name].items()}
+    protocol = pair_protocol(probe, train, val) | {
+        "images": {arm.name: len(arm.numbers) for arm in arms},
+        "lists": [path.name for path in config.lists],
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "learning_rate": config.lr,
+        "head_learning_rate": config.lr * config.head_lr,
+    }
+    return Result(metrics, protocol, note=f"lr {config.lr:g}, {config.epochs} epochs")
+
+
+def plan_arms(config: FinetuneConfig, train: ShardImages, *, seed: int) -> list[Arm]:
+    """The trainings that the options ask for, fine-tuned ones first.
+
+    Raises:
+        InputError: see `finetune`.
+    """
+    if config.lists:
+        chosen = {path.stem: read_list(path, train) for path in config.lists}
+    else:
+        labels = all_labels(train)
+        chosen = {f"{100 * share:g}%": stratified(labels, share=share, seed=seed) for share in config.fractions}
+    if not chosen:
+        raise InputError("finetune: neither fractions nor lists are given")
+    arms = [Arm(name, False, tuple(numbers)) for name, numbers in chosen.items()]
+    return arms + ([Arm(f"scratch/{arm.name}", True, arm.numbers) for arm in arms] if config.scratch else [])
+
+
+def stratified(labels: np.ndarray, *, share: float, seed: int) -> list[int]:
+    """`share` of each class's images, rounded, at least one; a smaller share under the same seed is a part of a larger.
+
+    Args:
+        labels: `(num_images,)`, -1 for none.
+    """
+    rng = np.random.default_rng(seed)
+    chosen: list[int] = []
+    for label in np.unique(labels[labels >= 0]):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        chosen += members[: max(1, round(share * len(members)))].tolist()
+    return sorted(chosen)
+
+
+def all_labels(images: ShardImages) -> np.ndarray:
+    """Class of every image, from the shards' indices: `(num_images,)`, -1 for none."""
+    shards = images.shards
+    labels: list[int] = []
+    folder = open_folder(shards.root, remote=shards.remote)
+    for shard in range(len(shards.shard_sizes)):
+        index = read_shard_index(folder, shards.manifest, shard)
+        stored = dict(zip(index.keys(), index.label.tolist(), strict=True))
+        labels += [stored[key] for key in shards.keys(shard)]
+    return np.array(labels, dtype=np.int64)[images.numbers]
+
+
+def read_list(path: Path, images: ShardImages) -> list[int]:
+    """Numbers of the images that a list names: a key or file name a line, with or without its folder.
+
+    Raises:
+        InputError: no such list, an empty one, a name that is unknown or stands for several images.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"finetune.lists {path}: cannot be read ({error}): give a text file") from error
+    keys = [key for shard in range(len(images.shards.shard_sizes)) for key in images.shards.keys(shard)]
+    used = {int(position): number for number, position in enumerate(images.numbers)}
+    numbers: dict[str, list[int]] = {}
+    for position, number in used.items():
+        key = keys[position]
+        for name in {key, key.rsplit("/", 1)[-1]}:
+            numbers.setdefault(name, []).append(number)
+    chosen = []
+    for line in lines:
+        key = make_key(line)
+        found = numbers.get(line) or numbers.get(key) or numbers.get(key.rsplit("/", 1)[-1]) or []
+        if len(found) != 1:
+            why = "is no training image" if not found else f"names {len(found)} training images"
+            raise InputError(f"finetune.lists {path}: '{line}' {why}: give keys of the training set, one a line")
+        chosen.append(found[0])
+    if not chosen:
+        raise InputError(f"finetune.lists {path}: no names in it")
+    return sorted(set(chosen))
+
+
+def _run_arm(arm: Arm, subject: Subject, probe: ProbeConfig, train: ShardImages, val: ShardImages) -> dict[str, float]:
+    start = untrained(subject, seed=probe.seed) if arm.scratch else subject
+    model = _Classifier(copy.deepcopy(start.backbone), len(train.classes)).to(subject.device)
+    with torch.enable_grad():
+        _train(model, arm, subject, probe, train)
+    model.eval()
+    prepare = CentreCrop(subject.image_size, probe.crop)
+    numbers = list(range(len(val)))
+    batches = [numbers[i : i + probe.batch_size] for i in range(0, len(val), probe.batch_size)]
+    dataset = Prepared(val, prepare, size=subject.image_size)
+    scores, labels = [], []
+    with torch.no_grad():
+        for pixels, answers in make_loader(dataset, batches, num_workers=min(probe.num_workers, len(batches))):
+            scores.append(model(_inputs(pixels, subject)).cpu()[answers >= 0])
+            labels.append(answers[answers >= 0])
+    return accuracies(torch.cat(scores), torch.cat(labels))
+
+
+def _train(model: nn.Module, arm: Arm, subject: Subject, probe: ProbeConfig, train: ShardImages) -> None:
+    config = probe.finetune
+    size = min(config.batch_size, len(arm.numbers))
+    per_epoch = max(1, len(arm.numbers) // size)
+    total = config.epochs * per_epoch
+    rate = config.lr * size / 256
+    groups = [
+        {"params": model.backbone.parameters(), "scale": 1.0},  # type: ignore[union-attr]
+        {"params": model.classifier.parameters(), "scale": config.head_lr},  # type: ignore[union-attr]
+    ]
+    optimizer = torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True)
+    rng = np.random.default_rng(probe.seed)
+    step = 0
+    for epoch in range(config.epochs):
+        order = rng.permutation(arm.numbers)
+        batches = [order[i * size : (i + 1) * size].tolist() for i in range(per_epoch)]
+        dataset = Prepared(train, RandomView(subject.image_size, probe.seed, epoch), size=subject.image_size)
+        for pixels, labels in make_loader(dataset, batches, num_workers=min(probe.num_workers, len(batches))):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"] * 0.5 * (1 + math.cos(math.pi * step / total))
+            targets = labels.clamp(min=-1).to(subject.device)
+            loss = functional.cross_entropy(model(_inputs(pixels, subject)), targets, ignore_index=-1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+
+
+class _Classifier(nn.Module):
+    """A backbone in training mode with a linear classifier that starts at zero, so that no draw decides its start."""
+
+    def __init__(self, backbone: Any, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone.requires_grad_(True).train()
+        self.classifier = nn.Linear(backbone.num_features, num_classes)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores `(batch, num_classes)`."""
+        features = self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
+        return self.classifier(features)
+
+
+def _inputs(pixels: Tensor, subject: Subject) -> Tensor:
+    mean, std = subject.statistics
+    return normalize(pixels.to(subject.device).permute(0, 3, 1, 2).float() / 255, mean=mean, std=std)
+
+
+evaluator = Evaluator("finetune", needs=("train", "val"), run=finetune)

@@ -1,0 +1,136 @@
+"""Evaluators during training: on a copy of the encoder, generators put back, so that training never notices."""
+
+import copy
+import time
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from engine.checkpoint import rng_state, set_rng_state
+from engine.errors import InputError
+from engine.loop import Hook, Training
+from pretrain.config import Config
+from pretrain.evaluators.base import Evaluator, Subject
+from pretrain.evaluators.registry import pick
+from pretrain.evaluators.sources import check_needs
+from pretrain.evaluators.subjects import state_hash
+from pretrain.model import input_statistics
+from pretrain.probe_config import GazeConfig, OnlineConfig, ProbeConfig
+from shards.reader import ShardSet
+
+
+def online_hooks(training: Training, config: Config, student: Any) -> list[tuple[int, Hook]]:
+    """Hooks for `engine.loop.fit`: one that runs the evaluators of `config.online`, or none.
+
+    Args:
+        student: the module that is trained, bare; its `backbone` and `attention_heads` are copied when a hook runs.
+
+    Raises:
+        InputError: an unknown evaluator or option, or data that does not fit, before the first step.
+    """
+    online = config.online
+    if not online.evaluators.strip():
+        return []
+    evaluators = pick(online.evaluators)
+    probe = online_probe(config)
+    for evaluator in evaluators:
+        for need in evaluator.needs:
+            if need != "train" and getattr(online, need) is None:
+                raise InputError(f"online.{need} is needed by evaluator '{evaluator.name}': give shards")
+        check_needs(evaluator, probe)
+    interval = online.every_steps or max(1, round(online.every_epochs * _steps_per_epoch(config)))
+    return [(interval, OnlineEvaluation(training, config, student, evaluators=evaluators, probe=probe))]
+
+
+class OnlineEvaluation:
+    """Hook that evaluates a copy of the encoder and logs `online/<evaluator>/<metric>`; every rank calls it."""
+
+    def __init__(
+        self, training: Training, config: Config, student: Any, *, evaluators: list[Evaluator], probe: ProbeConfig
+    ) -> None:
+        self.training, self.config, self.student = training, config, student
+        self.evaluators, self.probe = evaluators, probe
+
+    def __call__(self, step: int) -> None:
+        """Evaluate after `step` steps."""
+        generators = rng_state()
+        try:
+            subject = self._snapshot(step)
+            for evaluator in self.evaluators:
+                self._evaluate(evaluator, subject, step)
+        finally:
+            set_rng_state(generators)
+
+    def _snapshot(self, step: int) -> Subject:
+        """A frozen copy of the encoder."""
+        training = self.training
+        backbone: nn.Module = copy.deepcopy(self.student.backbone).eval().requires_grad_(False)
+        heads = copy.deepcopy(self.student.attention_heads.state_dict())
+        return Subject(
+            config=self.config,
+            backbone=backbone,
+            heads=heads,
+            hash=state_hash(backbone),
+            name=f"{training.run.name} after step {step}",
+            step=step,
+            statistics=input_statistics(backbone),
+            device=training.accelerator.device,
+            ranks=training.ranks,
+            report=training.report,
+        )
+
+    def _evaluate(self, evaluator: Evaluator, subject: Subject, step: int) -> None:
+        started = time.monotonic()
+        result = evaluator.run(subject, self.probe)
+        if self.training.tracker is not None:
+            self.training.tracker.log(
+                {f"online/{evaluator.label}/{name}": value for name, value in result.metrics.items()}, step=step
+            )
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in list(result.metrics.items())[:6])
+        seconds = time.monotonic() - started
+        note = f" ({result.note})" if result.note else ""
+        subject.report(f"online {evaluator.name}{note} after step {step}: {shown} ({seconds:.1f} s)")
+
+
+def online_probe(config: Config) -> ProbeConfig:
+    """The probe's config that `config.online` describes.
+
+    Raises:
+        InputError: an option that a probe does not have.
+    """
+    online: OnlineConfig = config.online
+    probe = ProbeConfig(
+        run=None,
+        evaluators=online.evaluators,
+        train=online.train or config.data.shards,
+        labels=config.data.labels,
+        max_train=online.max_train,
+        max_val=online.max_val,
+        max_gaze=online.max_gaze,
+        num_workers=config.loop.num_workers,
+        seed=config.seed,
+        keep_cache=False,
+        gaze_options=GazeConfig(rows=[]),  # what needs no student would be computed again and again
+    )
+    probe = replace(probe, **{need: value for need in ("val", "gaze") if (value := getattr(online, need)) is not None})
+    for key, value in online.options.items():
+        probe = _set(probe, key.split("."), value, key=key)
+    return probe
+
+
+def _set(section: Any, path: list[str], value: Any, *, key: str) -> Any:
+    known = [field.name for field in fields(section)] if is_dataclass(section) else []
+    if path[0] not in known:
+        raise InputError(f"online.options: the probe has no option '{key}'; see pretrain/probe.py --help")
+    old = getattr(section, path[0])
+    if len(path) > 1:
+        return replace(section, **{path[0]: _set(old, path[1:], value, key=key)})
+    same_kind = type(value) is type(old) or (isinstance(old, float) and type(value) is int) or old is None
+    if not same_kind:
+        raise InputError(f"online.options.{key}: {value!r} is no {type(old).__name__}, which that option is")
+    return replace(section, **{path[0]: type(old)(value) if isinstance(old, float) else value})
+
+
+def _steps_per_epoch(config: Config) -> float:
+    return ShardSet(config.data.shards).num_samples / config.data.batch_size

@@ -1,0 +1,200 @@
+"""Where an evaluator's images come from: shards, folders of JPEGs, or arrays, each numbered from 0."""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from engine.errors import InputError
+from pretrain.evaluators.base import Evaluator
+from pretrain.probe_config import ProbeConfig
+from shards.decode import decode_rgb
+from shards.gaze import check_gaze
+from shards.reader import ShardSet
+from shards.sources.base import walk_images
+
+
+class ImageSource(Protocol):
+    """Images by number; sent to loader processes, so it must pickle.
+
+    `name`: for messages. `digest`: identity of what it holds, hexadecimal. `classes`: names, empty without classes.
+    """
+
+    name: str
+    digest: str
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def read(self, number: int) -> tuple[np.ndarray, int]:
+        """Upright RGB uint8 `(height, width, 3)` and class index (-1: none).
+
+        Raises:
+            ValueError: that image cannot be read.
+        """
+        ...
+
+
+class ShardImages:
+    """A shard set in the order of its shards.
+
+    Args:
+        limit: use this many, evenly spaced; 0 uses all.
+    """
+
+    def __init__(self, shards: ShardSet, *, limit: int = 0) -> None:
+        self.shards, self.name, self.classes = shards, str(shards.root), shards.classes
+        self.ends = np.cumsum(shards.shard_sizes)
+        total = shards.num_samples
+        self.numbers = np.arange(total) if not 0 < limit < total else np.arange(limit) * total // limit
+        self.digest = shards.digest
+        if len(self.numbers) < total:
+            self.digest = hashlib.sha256(f"{shards.digest} {limit}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Shard and row of an image."""
+        position = int(self.numbers[number])
+        shard = int(np.searchsorted(self.ends, position, side="right"))
+        return shard, position - int(self.shards.shard_starts[shard])
+
+    def read(self, number: int) -> tuple[np.ndarray, int]:
+        """See `ImageSource`."""
+        sample = self.shards.read(*self.place(number))
+        return decode_rgb(sample.image), sample.label
+
+
+class FolderImages:
+    """`root/<class>/*.JPEG`, as one severity of the released ImageNet-C lies on disk.
+
+    Args:
+        classes: names that the class folders must be among; their order numbers the classes.
+
+    Raises:
+        InputError: no folder, a class that is not among `classes`, a class without images.
+    """
+
+    def __init__(self, root: Path, *, classes: tuple[str, ...]) -> None:
+        if not root.is_dir():
+            raise InputError(f"{root}: no such folder of corrupted images")
+        self.root, self.name, self.classes = root, str(root), classes
+        found = sorted(walk_images(root))
+        folders = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+        unknown, empty = sorted(folders - set(classes)), sorted(folders - {name.split("/")[0] for name, _ in found})
+        if unknown or not folders:
+            raise InputError(
+                f"{root}: class folder {unknown[0]!r} is no class of the validation set ({len(unknown)} such)"
+                if unknown
+                else f"{root}: no class folders in it; the released layout is <corruption>/<severity>/<class>/*.JPEG"
+            )
+        if empty:
+            raise InputError(f"{root / empty[0]}: a class without images ({len(empty)} such): copy the set again")
+        self.files = [name for name, _ in found]
+        numbers = {name: number for number, name in enumerate(classes)}
+        self.labels = [numbers[name.split("/")[0]] for name in self.files]
+        self.digest = hashlib.sha256("\n".join(f"{name} {size}" for name, size in found).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, number: int) -> tuple[np.ndarray, int]:
+        """See `ImageSource`."""
+        try:
+            return decode_rgb((self.root / self.files[number]).read_bytes()), self.labels[number]
+        except OSError as error:
+            raise ValueError(str(error)) from error
+
+
+class ArrayImages:
+    """Rows `start` to `stop` of `<corruption>.npy`, uint8 `(50000, 32, 32, 3)`: one severity of CIFAR-10-C.
+
+    Raises:
+        InputError: an array of another type or shape, or labels that are no class numbers.
+    """
+
+    def __init__(self, file: Path, labels: Path, *, severity: int, classes: tuple[str, ...]) -> None:
+        self.file, self.name, self.classes = file, f"{file} severity {severity}", classes
+        images, answers = load_array(file), load_array(labels)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) % 5:
+            raise InputError(
+                f"{file}: {images.dtype} {images.shape} is not CIFAR-10-C's layout: uint8 (5 x images, 32, 32, 3)"
+            )
+        count = len(images) // 5
+        if len(answers) not in (count, len(images)) or answers.ndim != 1:
+            raise InputError(f"{labels}: {answers.shape} labels do not match the {len(images)} images of {file.name}")
+        if answers.min() < 0 or answers.max() >= len(classes):
+            raise InputError(f"{labels}: class {answers.max()} is beyond the validation set's {len(classes)} classes")
+        self.start = (severity - 1) * count
+        self.labels = answers[-count:].astype(np.int64)
+        self.images = images  # mapped, not read: workers share the pages
+        digest = hashlib.sha256(images[self.start : self.start + count].tobytes())
+        digest.update(self.labels.tobytes())
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, number: int) -> tuple[np.ndarray, int]:
+        """See `ImageSource`."""
+        return np.array(self.images[self.start + number]), int(self.labels[number])
+
+
+def load_array(file: Path) -> np.ndarray:
+    """A `.npy` file, mapped into memory; never unpickled.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{file}: cannot be read as an array ({error}): copy the set again") from error
+
+
+def train_images(probe: ProbeConfig) -> ShardImages:
+    """The images that probes are trained on."""
+    return ShardImages(ShardSet(probe.train), limit=probe.max_train)
+
+
+def val_images(probe: ProbeConfig) -> ShardImages:
+    """The images that probes are measured on."""
+    return ShardImages(ShardSet(probe.val), limit=probe.max_val)
+
+
+def labelled_pair(probe: ProbeConfig) -> tuple[ShardImages, ShardImages]:
+    """Training and validation images of one data set with classes.
+
+    Raises:
+        InputError: no classes, one class only, or classes that differ between the two.
+    """
+    train, val = train_images(probe), val_images(probe)
+    if train.classes != val.classes:
+        raise InputError(f"{probe.train} and {probe.val} have different classes: probe within one data set")
+    if len(train.classes) < 2:
+        raise InputError(
+            f"{probe.train}: {len(train.classes)} classes: this evaluator needs labelled shards of at least two"
+        )
+    return train, val
+
+
+def check_needs(evaluator: Evaluator, probe: ProbeConfig) -> list[str]:
+    """Open what an evaluator needs.
+
+    Returns:
+        A line for each data set.
+
+    Raises:
+        InputError: shards that are missing, without classes or without gaze.
+    """
+    lines = []
+    if {"train", "val"} <= set(evaluator.needs):
+        labelled_pair(probe)
+    for need in evaluator.needs:
+        shards = ShardSet(getattr(probe, need))
+        if need == "gaze":
+            check_gaze(shards)
+        lines.append(f"shards: {shards.root}, {shards.num_samples} samples")
+    return lines

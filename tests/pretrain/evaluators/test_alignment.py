@@ -1,0 +1,111 @@
+"""Alignment with gaze: the rows agree with the rooms that define them, and Grad-CAM with its closed form."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from attention.maps import to_density
+from engine.errors import InputError
+from pretrain.config import AttentionConfig
+from pretrain.evaluators.alignment import alignment, gaze_set
+from pretrain.evaluators.attention_maps import feature_norm, grad_cam
+from pretrain.evaluators.base import Subject
+from pretrain.evaluators.gaze_rows import GazeRows
+from pretrain.evaluators.linear_probe import LinearHead
+from pretrain.evaluators.offline import probe_run
+from pretrain.probe_config import GazeConfig, ProbeConfig
+from shards.gaze import centre_bias_scores, score_densities
+
+Open = Callable[..., tuple[Subject, ProbeConfig]]
+
+
+def test_rows_agree_with_the_rooms_that_define_them(open_tiny: Open) -> None:
+    subject, probe = open_tiny(gaze_options=GazeConfig(stride=2))
+    result = alignment(subject, probe)
+    _, targets = gaze_set(probe)
+    expected = score_densities(targets, [result.maps[target.key] for target in targets], stride=2)
+    for name, value in expected.items():
+        assert result.metrics[name] == pytest.approx(value, abs=1e-5), name
+    centre = centre_bias_scores(targets, stride=2)
+    for name in ("nss", "kld", "cc", "sim", "auc_judd"):
+        assert result.metrics[f"centre_bias/{name}"] == pytest.approx(centre[name], abs=1e-5), name
+    rows = {name.split("/")[0] for name in result.metrics if "/" in name}
+    assert rows == {"feature_norm", "grad_cam", "uniform", "centre_bias", "one_human", "split_half"}
+    for name in ("auc_borji", "auc_shuffled", "information_gain", "spearman"):
+        assert np.isfinite(result.metrics[name]) and f"grad_cam/{name}" in result.metrics
+    assert result.metrics["centre_bias/information_gain"] == pytest.approx(0, abs=1e-6)
+    assert result.metrics["uniform/nss"] == 0
+    assert len(result.tables["by_image"]["nss"]) == len(targets) == result.metrics["num_images"]
+
+
+def test_humans_scored_as_a_model_equal_the_human_map(open_tiny: Open) -> None:
+    _, probe = open_tiny()
+    _, targets = gaze_set(probe)
+    rows = GazeRows(targets, stride=4, negatives=100, seed=0)
+    scores = rows.score_each([target.density(target.grid(4)) for target in targets])
+    assert scores["kld"] == pytest.approx(0, abs=1e-5) and scores["cc"] == pytest.approx(1, abs=1e-5)
+    assert (scores["information_gain"] > 0).all()
+
+
+def test_grad_cam_is_the_class_activation_map(open_tiny: Open) -> None:
+    """Behind a global average and a linear classifier: relu(sum_k w_k A_k), up to its scale (Selvaraju et al.)."""
+    subject, _ = open_tiny()
+    width = subject.backbone.num_features
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(width + 1, 3, generator=generator)
+    head = LinearHead(torch.zeros(width), torch.full((width,), 2.0), weights, 0.1)
+    images = torch.randn(4, 3, 96, 96, generator=generator)
+    with torch.no_grad():
+        maps = subject.backbone.forward_features(images)
+        chosen = head.scores(subject.backbone.forward_head(maps, pre_logits=True)).argmax(1)
+    expected = to_density(torch.relu(torch.einsum("bkhw,kb->bhw", maps, weights[:-1][:, chosen])))
+    found = grad_cam(subject, head)(images)
+    assert found.shape[1] > 1 and torch.allclose(found, expected, atol=1e-6)
+    norms = feature_norm(subject)(images)
+    assert torch.allclose(norms, to_density(maps.norm(dim=1)), atol=1e-6)
+
+
+def test_a_student_without_heads_gets_a_read_out(open_tiny: Open) -> None:
+    """Trained on the frozen encoder for as many steps as asked, the same every time."""
+    options = GazeConfig(readout_steps=3, rows=[])
+    subject, probe = open_tiny(gaze_options=options)
+    bare = dataclasses.replace(subject, heads={}, cache=None)
+    before = {name: value.clone() for name, value in subject.backbone.state_dict().items()}
+    first, second = alignment(bare, probe), alignment(bare, probe)
+    assert first.metrics == second.metrics and "3 steps" in first.protocol["map"]
+    assert all(torch.equal(value, before[name]) for name, value in subject.backbone.state_dict().items())
+    config = dataclasses.replace(bare.config, data=dataclasses.replace(bare.config.data, labels=None))
+    with pytest.raises(InputError, match="--labels"):
+        alignment(dataclasses.replace(bare, config=config), probe)
+
+
+def test_a_missing_stage_is_named(open_tiny: Open) -> None:
+    subject, probe = open_tiny()
+    config = dataclasses.replace(subject.config, attention=AttentionConfig(stages=[7]))
+    with pytest.raises(InputError, match=r"stages \[7\]"):
+        alignment(dataclasses.replace(subject, config=config), probe)
+
+
+def test_without_classes_grad_cam_is_left_out_with_a_reason(open_tiny: Open) -> None:
+    subject, probe = open_tiny(gaze_options=GazeConfig(rows=["grad_cam"]))
+    result = alignment(subject, dataclasses.replace(probe, train=probe.gaze))
+    assert not any(name.startswith("grad_cam") for name in result.metrics)
+    assert "left out" in result.protocol["grad_cam"]
+
+
+def test_baselines_are_computed_once_per_set(
+    probe: Callable[..., ProbeConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = probe(evaluators="alignment", gaze_options=GazeConfig(rows=["baselines"]))
+    probe_run(config)
+    first = (tmp_path / "out" / "summary.json").read_text()
+    monkeypatch.setattr("pretrain.evaluators.gaze_rows.human_baselines", None)  # may not be called again
+    probe_run(config)
+    assert (tmp_path / "out" / "summary.json").read_text() == first
+    maps = load_file(tmp_path / "out" / "probe" / "alignment.safetensors")
+    assert all(each.sum() == pytest.approx(1, abs=1e-4) for each in maps.values())

@@ -1,0 +1,156 @@
+"""The plug: another package's evaluator, offline and inside training, which never notices the evaluators."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import InputError
+from engine.files import sha256_of
+from engine.loop import Training
+from pretrain.config import Config
+from pretrain.evaluators.offline import check_probe, probe_run
+from pretrain.evaluators.online import online_hooks, online_probe
+from pretrain.evaluators.registry import OWN, known_names, pick
+from pretrain.probe_config import OnlineConfig, ProbeConfig
+from tests.conftest import TinySample
+from tests.tools import REPOSITORY, run_python
+
+MAIN = REPOSITORY / "pretrain" / "main.py"
+
+PACKAGE = '''
+"""How bright the features are: a third party's evaluator."""
+from pretrain.evaluators.base import Evaluator, Result
+from pretrain.evaluators.features import pooled_features
+from pretrain.evaluators.sources import val_images
+
+def brightness(subject, probe):
+    features, labels = pooled_features(subject, probe, val_images(probe))
+    scale = probe.options.get("brightness", {}).get("scale", 1.0)
+    return Result({"mean": scale * float(features.mean())}, {"samples": len(labels), "scale": scale})
+
+evaluator = Evaluator("brightness", needs=("val",), run=brightness)
+'''
+
+
+@pytest.fixture
+def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The package as pip leaves it in a folder, on the path of this process and of those it starts."""
+    site = tmp_path / "site"
+    info = site / "bright-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "bright_features.py").write_text(PACKAGE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bright\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[saccade.evaluators]\nbrightness = bright_features:evaluator\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.delitem(sys.modules, "bright_features", raising=False)
+    monkeypatch.setenv("PYTHONPATH", f"{site}:{REPOSITORY}")
+    return site
+
+
+def test_another_packages_evaluator_runs_by_name(
+    third_party: Path, probe: Callable[..., ProbeConfig], tmp_path: Path
+) -> None:
+    assert len(PACKAGE.strip().splitlines()) == 11 and known_names() == sorted([*OWN, "brightness"])
+    config = probe(evaluators="knn,brightness", options={"brightness": {"scale": 2.0}})
+    assert any("40 samples" in line for line in check_probe(config))
+    probe_run(config)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["metrics"]["brightness/mean"] > 0 and summary["protocols"]["brightness"]["scale"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("linear_prob", "did you mean 'linear_probe'"),
+        ("knn,imagenetc", "did you mean 'imagenet_c'"),
+        ("zzz", "take from alignment"),
+        (" , ", "none named"),
+    ],
+)
+def test_an_unknown_evaluator_gets_the_nearest_name(names: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        pick(names)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [("import nothing_of_the_kind", "cannot be loaded"), ("evaluator = 3", "gives int")]
+)
+def test_a_broken_package_is_named_in_one_line(third_party: Path, content: str, words: str) -> None:
+    (third_party / "bright_features.py").write_text(content)
+    with pytest.raises(InputError, match=f"'brightness'.*{words}"):
+        pick("brightness")
+
+
+def test_a_metric_that_is_no_number_is_refused(third_party: Path, probe: Callable[..., ProbeConfig]) -> None:
+    with pytest.raises(InputError, match="'brightness' gave mean = nan"):
+        probe_run(probe(evaluators="brightness", options={"brightness": {"scale": float("nan")}}))
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_is_bit_equal_with_and_without_evaluators(
+    third_party: Path, student_config: Callable[..., Path], tiny_sample: TinySample, tmp_path: Path
+) -> None:
+    """Batch norm, weights, optimiser and every generator end as if nobody had looked."""
+    common = {"max_steps": 4, "model__backbone_options": {"drop_rate": 0.3}}
+    plain = student_config(run="plain", **common)
+    watched = student_config(
+        run="watched",
+        online__evaluators="knn,linear_probe,alignment,brightness",
+        online__every_steps=2,
+        online__val=str(tiny_sample.val),
+        online__gaze=str(tiny_sample.gaze),
+        online__max_val=20,
+        online__options={"knn.k": 5, "linear.epochs": 3, "gaze_options.stride": 8},
+        **common,
+    )
+    for config in (plain, watched):
+        done = run_python(MAIN, "--config", config)
+        assert done.returncode == 0, done.stderr
+    runs = tmp_path / "runs"
+    losses = [{k: v for k, v in line.items() if k.startswith("train/")} for line in lines_of(runs / "plain")]
+    found = [line for line in lines_of(runs / "watched") if "train/loss" in line]
+    assert [{k: v for k, v in line.items() if k.startswith("train/")} for line in found] == losses
+    for name in ("model.safetensors", "heads.safetensors"):
+        assert sha256_of(runs / "plain" / "encoder" / name) == sha256_of(runs / "watched" / "encoder" / name)
+    online = [line for line in lines_of(runs / "watched") if any(key.startswith("online/") for key in line)]
+    assert {line["step"] for line in online} == {2, 4}
+    logged = {key for line in online for key in line}
+    assert {"online/knn/top1", "online/linear_probe/top1", "online/attention/nss", "online/brightness/mean"} <= logged
+    probe_run(ProbeConfig(run=runs / "watched", evaluators="brightness", val=tiny_sample.val, max_val=20))
+    last = next(line for line in reversed(online) if "online/brightness/mean" in line)
+    metrics = json.loads((runs / "watched" / "summary.json").read_text())["metrics"]
+    assert metrics["brightness/mean"] == pytest.approx(last["online/brightness/mean"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("online", "words"),
+    [
+        (OnlineConfig(evaluators="knn"), "online.val is needed by evaluator 'knn'"),
+        (OnlineConfig(evaluators="kn"), "did you mean 'knn'"),
+        (OnlineConfig(evaluators="knn", val=Path("absent")), "absent"),
+        (OnlineConfig(evaluators="knn", options={"knn.kk": 3}), "no option 'knn.kk'"),
+        (OnlineConfig(evaluators="knn", options={"knn.k": "many"}), "is no int"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_step(
+    tiny_sample: TinySample, monkeypatch: pytest.MonkeyPatch, online: OnlineConfig, words: str
+) -> None:
+    config = Config(online=online)
+    config.data.shards = tiny_sample.train
+    training: Training = None  # type: ignore[assignment]  # not reached
+    with pytest.raises(InputError, match=words):
+        online_hooks(training, config, None)
+
+
+def test_options_reach_the_probe() -> None:
+    config = Config(online=OnlineConfig(evaluators="knn", options={"knn.k": 3, "crop": 1, "linear.rates": [0.5]}))
+    probe = online_probe(config)
+    assert (probe.knn.k, probe.crop, probe.linear.rates, probe.keep_cache) == (3, 1.0, [0.5], False)
+    assert online_hooks(None, Config(), None) == []  # type: ignore[arg-type]
