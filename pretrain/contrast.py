@@ -1,73 +1,195 @@
-"""NT-Xent over the global batch (SimCLR, Chen et al. 2020, equation 1)."""
+"""NT-Xent over the global batch (SimCLR, Chen et al. 2020, equation 1), without the matrix of all similarities.
 
+Rows are normalised embeddings; this rank's are anchors, everyone's are columns. The forward walks over tiles of the
+matrix with an online log-sum-exp. The backward computes each tile again and uses that similarity is symmetric: with
+`p_ij = exp(s_ij / T - lse_i)` and `g_i` the gradient of anchor i's loss,
+
+    dL/dz_i = 1/T sum_j (g_i p_ij + g_j p_ji) z_j - 1/T (g_i + g_i') z_i',        i' the other view of i,
+
+where the first term is row i as an anchor and the second row i among the columns of every other anchor, on whichever
+rank. So what the ranks exchange for the backward is two numbers a row, `lse` and `g`, and no gradient of a column.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-
-class _GatherRows(torch.autograd.Function):
-    """All ranks' rows in rank order; the gradient of a row comes back from every rank that used it."""
-
-    @staticmethod
-    def forward(context: Any, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].contiguous()
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+# Entries of a tile. On a CPU it stays in the cache of a core; on a GPU it is large enough to hide the kernels' start.
+CPU_TILE, GPU_TILE = 1 << 18, 1 << 21
+MAX_TILE_ROWS = 1024
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """`(rows, dim)` of every rank, equally many each, as `(world * rows, dim)`, with gradient."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        return _GatherRows.apply(rows)
-    return rows
+@dataclass(frozen=True)
+class Exchange:
+    """Who takes part in a loss: every rank's number of rows, and the gathering of their rows.
+
+    Attributes:
+        counts: rows of each rank, in rank order.
+        rank: this rank.
+    """
+
+    counts: tuple[int, ...]
+    rank: int = 0
+
+    @classmethod
+    def of(cls, num_rows: int, *, device: torch.device) -> "Exchange":
+        """All ranks of the process group, each with a number of rows of its own; a collective call."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return cls((num_rows,))
+        mine = torch.tensor([num_rows], device=device)
+        counts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(counts, mine)
+        return cls(tuple(int(count) for count in torch.cat(counts).tolist()), dist.get_rank())
+
+    @classmethod
+    def equal(cls, num_rows: int) -> "Exchange":
+        """All ranks of the process group, each known to have `num_rows` rows; costs no communication."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls((num_rows,))
+        return cls((num_rows,) * dist.get_world_size(), dist.get_rank())
+
+    @property
+    def offset(self) -> int:
+        """Place of this rank's first row among everyone's."""
+        return sum(self.counts[: self.rank])
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """`(num_rows, ...)` of every rank as `(sum of counts, ...)`, in rank order, without gradient."""
+        if len(self.counts) == 1:
+            return rows
+        longest = max(self.counts)
+        padded = rows.contiguous()
+        if len(rows) < longest:  # ranks can only gather what has one shape
+            padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
+        gathered = rows.new_empty(len(self.counts) * longest, *rows.shape[1:])
+        parts = gathered.split(longest)
+        dist.all_gather(list(parts), padded)
+        if min(self.counts) == longest:
+            return gathered
+        return torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
 
 
-def nt_xent(first: Tensor, second: Tensor, *, temperature: float, valid: Tensor | None = None) -> Tensor:
+def nt_xent(
+    first: Tensor,
+    second: Tensor,
+    *,
+    temperature: float,
+    valid: Tensor | None = None,
+    exchange: Exchange | None = None,
+    tile: int | None = None,
+) -> Tensor:
     """Normalised temperature-scaled cross entropy between two views, negatives from all ranks.
 
-    `-log( exp(s_ij / T) / sum_{k != i} exp(s_ik / T) )`, `s` the cosine similarity, `j` the other view of `i`; the mean
-    over this rank's rows. The mean of it over ranks is the loss of the global batch, and averaging gradients over ranks
-    (as DDP and DeepSpeed do) gives that loss's gradient.
+    `-log( exp(s_ij / T) / sum_{k != i} exp(s_ik / T) )`, `s` the cosine similarity, `j` the other view of `i`, scaled
+    so that the mean over ranks is the mean over the global batch, and averaging gradients over ranks (as DDP and
+    DeepSpeed do) gives that loss's gradient. Where ranks hold equally many images it is the mean over this rank's.
 
     Args:
-        first, second: embeddings of the two views `(batch, dim)`, any norm; the same batch on every rank. Computed in
-            fp32 at least.
+        first, second: embeddings of the two views `(batch, dim)`, any norm; batches may differ between ranks. Computed
+            in fp32 at least.
         temperature: T > 0.
         valid: bool `(batch,)`; an image that is false is neither anchor nor negative. The mean still divides by the
-            batch, so that no rank needs to know the others' counts.
+            global batch, so that a lost image leaves the others' weight alone. All ranks give it or none does.
+        exchange: the rows of each rank, two per image; by default the ranks tell each other.
+        tile: entries of the similarity matrix held at a time; by default what suits the device.
 
     Returns:
-        Scalar, at least 0.
+        Scalar, at least 0. It has no second derivative.
 
     Raises:
         ValueError: the two views have different shapes.
     """
     if first.shape != second.shape:
         raise ValueError(f"views must have equal shapes, got {tuple(first.shape)} and {tuple(second.shape)}")
-    batch = len(first)
     dtype = torch.promote_types(first.dtype, torch.float32)
-    with torch.autocast(first.device.type, enabled=False):
+    device = first.device
+    with torch.autocast(device.type, enabled=False):
         local = functional.normalize(torch.cat([first, second]).to(dtype), dim=1)
-        everyone = gather_rows(local)
-        logits = local @ everyone.t() / temperature
-        rank = dist.get_rank() if len(everyone) != len(local) else 0
-        rows = torch.arange(2 * batch, device=local.device)
-        offset = rank * 2 * batch
-        logits[rows, rows + offset] = -torch.inf
-        positives = (rows + batch) % (2 * batch) + offset
-        if valid is None:
-            return functional.cross_entropy(logits, positives)
-        mask = valid.repeat(2)
-        everywhere = gather_rows(mask.to(dtype).unsqueeze(1)).squeeze(1) > 0
-        columns = torch.where(everywhere, 0.0, -torch.inf).to(dtype)
-        losses = functional.cross_entropy(logits[mask] + columns, positives[mask], reduction="sum")
-        return losses / (2 * batch)
+        if exchange is None:
+            exchange = Exchange.of(len(local), device=device)
+        mask = valid.repeat(2) if valid is not None else None
+        tile = tile or (GPU_TILE if device.type == "cuda" else CPU_TILE)
+        total = _NTXent.apply(local, mask, temperature, exchange, tile)
+        return total * (len(exchange.counts) / max(sum(exchange.counts), 1))
+
+
+class _NTXent(torch.autograd.Function):
+    """Sum of the losses of this rank's valid rows."""
+
+    @staticmethod
+    def forward(
+        context: Any, local: Tensor, mask: Tensor | None, temperature: float, exchange: Exchange, tile: int
+    ) -> Tensor:
+        everyone = exchange.gather(local)
+        columns = exchange.gather(mask) if mask is not None else None
+        scaled = local / temperature
+        # Of each row so far: the largest logit, finite so that a tile of -inf alone adds 0; sum exp(logit - largest).
+        largest = local.new_full((len(local),), torch.finfo(local.dtype).min)
+        total = local.new_zeros(len(local))
+        for rows, cols in _tiles(len(local), len(everyone), tile):
+            logits = _logits(scaled, everyone, rows, cols, offset=exchange.offset)
+            if columns is not None:
+                logits.masked_fill_(~columns[cols], -torch.inf)
+            now = torch.maximum(largest[rows], logits.amax(1))
+            total[rows] *= (largest[rows] - now).exp_()
+            total[rows] += logits.sub_(now.unsqueeze(1)).exp_().sum(1)
+            largest[rows] = now
+        lse = largest + total.log()
+        losses = lse - (scaled * _partners(local)).sum(1)
+        if mask is not None:
+            losses = torch.where(mask, losses, 0.0)
+            lse = torch.where(mask, lse, torch.inf)  # makes every p_ij of an anchor that does not count 0
+        context.save_for_backward(local, everyone, lse, mask, columns)
+        context.temperature, context.exchange, context.tile = temperature, exchange, tile
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        local, everyone, lse, mask, columns = context.saved_tensors
+        exchange = context.exchange
+        weights = gradient.expand(len(local)) if mask is None else gradient * mask
+        with torch.autocast(local.device.type, enabled=False):
+            all_lse, all_weights = exchange.gather(torch.stack([lse, weights], dim=1)).unbind(1)
+            scaled = local / context.temperature
+            result = -(weights + _partners(weights)).unsqueeze(1) * _partners(local)
+            for rows, cols in _tiles(len(local), len(everyone), context.tile):
+                logits = _logits(scaled, everyone, rows, cols, offset=exchange.offset)
+                share = (logits - lse[rows, None]).exp_().mul_(weights[rows, None])
+                if columns is not None:
+                    share.mul_(columns[cols])
+                share.addcmul_(logits.sub_(all_lse[cols]).exp_(), all_weights[cols])
+                result[rows].addmm_(share, everyone[cols])
+        if mask is not None:
+            result = torch.where(mask.unsqueeze(1), result, 0.0)
+        return result.div_(context.temperature), None, None, None, None
+
+
+def _partners(rows: Tensor) -> Tensor:
+    """The other view's row of each row."""
+    return rows.roll(len(rows) // 2, 0)
+
+
+def _tiles(num_rows: int, num_columns: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Cover a matrix by tiles of at most `size` entries, all columns of some rows first."""
+    height = max(1, min(num_rows, MAX_TILE_ROWS, size))
+    width = max(1, size // height)
+    for top in range(0, num_rows, height):
+        for left in range(0, num_columns, width):
+            yield slice(top, min(top + height, num_rows)), slice(left, min(left + width, num_columns))
+
+
+def _logits(scaled: Tensor, everyone: Tensor, rows: slice, cols: slice, *, offset: int) -> Tensor:
+    """One tile of `s / T`, -inf where a row meets itself; `offset` is the column of the first row."""
+    logits = scaled[rows] @ everyone[cols].t()
+    start, stop = max(rows.start + offset, cols.start), min(rows.stop + offset, cols.stop)
+    if start < stop:
+        row, column, length = start - offset - rows.start, start - cols.start, stop - start
+        logits[row : row + length, column : column + length].fill_diagonal_(-torch.inf)
+    return logits

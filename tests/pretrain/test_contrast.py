@@ -1,4 +1,4 @@
-"""NT-Xent by value: closed forms, lightly's loss, a float64 reference, and the same on 1, 2 and 3 ranks."""
+"""NT-Xent by value: closed forms, lightly's loss, a float64 reference, and the same on 1 to 4 ranks."""
 
 import math
 from typing import Any
@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from lightly.loss import NTXentLoss
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.contrast import nt_xent
+from pretrain.contrast import Exchange, nt_xent
 from tests.tools import run_distributed
 
 
@@ -74,30 +75,105 @@ def test_views_of_different_shapes_are_refused() -> None:
         nt_xent(torch.ones(3, 4), torch.ones(2, 4), temperature=0.1)
 
 
-def rank_loss(rank: int, world_size: int, masked: bool) -> tuple[float, Any]:
-    """Mean loss over ranks and this rank's gradient, as DDP would average it."""
-    first, second = views(12)
-    valid = torch.arange(12) % 5 != 0 if masked else None
-    share = slice(rank * 12 // world_size, (rank + 1) * 12 // world_size)
-    a, b = first[share].clone().requires_grad_(), second[share].clone().requires_grad_()
-    loss = nt_xent(a, b, temperature=0.3, valid=None if valid is None else valid[share])
-    loss.backward()
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    assert a.grad is not None
-    return total.item() / world_size, (a.grad / world_size).tolist()
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor):
+                self.numel = max(self.numel, value.untyped_storage().nbytes() // value.element_size())
+        return result
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_together_equal_one_process(world_size: int, masked: bool) -> None:
-    results = run_distributed(rank_loss, world_size, masked)
-    first, second = (z.requires_grad_() for z in views(12))
-    valid = torch.arange(12) % 5 != 0 if masked else None
-    loss = nt_xent(first, second, temperature=0.3, valid=valid)
-    loss.backward()
-    assert first.grad is not None
-    for value, _ in results:
-        assert value == pytest.approx(loss.item(), rel=1e-9)
-    gradient = torch.cat([torch.tensor(g, dtype=torch.float64) for _, g in results])
-    torch.testing.assert_close(gradient, first.grad, rtol=1e-6, atol=1e-12)
+@pytest.mark.parametrize("tile", [1, 24, 100, 10_000])
+def test_tiles_change_nothing_and_bound_what_is_held(tile: int) -> None:
+    """40 x 40 similarities in tiles; nothing larger than a tile or the embeddings is ever made, backward included."""
+    first, second = (z.requires_grad_() for z in views(20, 3))
+    valid = torch.arange(20) != 4
+    with Largest() as largest:
+        found = nt_xent(first, second, temperature=0.2, valid=valid, tile=tile)
+        gradients = torch.autograd.grad(found, (first, second))
+    assert largest.numel <= max(tile, 40 * 3) or tile > 1600
+    kept = [z[valid] for z in (first, second)]
+    expected = reference(kept[0], kept[1], 0.2) * 19 / 20
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, (first, second)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
+def test_single_precision_is_right_to_its_last_digits(temperature: float) -> None:
+    """fp32 against fp64, also where exp(1 / T) is far beyond fp32: value and gradient (by norm) within 1e-6."""
+    exact = [z.requires_grad_() for z in views(150, 32)]
+    single = [z.detach().float().requires_grad_() for z in exact]
+    found, expected = (nt_xent(z[0], z[1], temperature=temperature) for z in (single, exact))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours, theirs = (torch.cat(torch.autograd.grad(loss, z)) for loss, z in ((found, single), (expected, exact)))
+    assert (ours - theirs).norm() < max(1e-6, 2e-8 / temperature) * theirs.norm()
+
+
+CASES = ("even", "uneven", "uneven, some invalid", "one rank without images")
+
+
+def part_of_rank(case: str, rank: int, world_size: int) -> slice:
+    """Which of the 12 images a rank holds."""
+    if case == "even":
+        sizes = [12 // world_size] * world_size
+    elif case == "one rank without images":
+        sizes = [0] + [1] * (world_size - 2) + [14 - world_size]
+    else:
+        sizes = [1 + 2 * r for r in range(world_size - 1)]
+        sizes.append(12 - sum(sizes))
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+def case_mask(case: str) -> Tensor | None:
+    return torch.arange(12) % 5 != 0 if case == "uneven, some invalid" else None
+
+
+def rank_losses(rank: int, world_size: int) -> dict[str, Any]:
+    """Per case and loss: the mean over ranks, and this rank's gradient as DDP would average it."""
+    results = {}
+    for case in CASES:
+        part, mask = part_of_rank(case, rank, world_size), case_mask(case)
+        losses: dict[str, Any] = {
+            "ours": lambda a, b, m=mask, p=part: nt_xent(a, b, temperature=0.3, valid=None if m is None else m[p]),
+            "ours in tiles": lambda a, b, m=mask, p=part: nt_xent(
+                a, b, temperature=0.3, valid=None if m is None else m[p], tile=7
+            ),
+        }
+        if case == "even":
+            losses["lightly"] = NTXentLoss(temperature=0.3, gather_distributed=True)
+            losses["ours, told"] = lambda a, b: nt_xent(a, b, temperature=0.3, exchange=Exchange.equal(2 * len(a)))
+        for name, function in losses.items():
+            first, second = (z[part].clone().requires_grad_() for z in views(12))
+            loss = function(first, second)
+            # each rank scales its loss as a gradient scaler would
+            gradients = torch.autograd.grad(8 * loss, (first, second))
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            results[f"{case}/{name}"] = (total.item() / world_size, [g.div(8 * world_size).tolist() for g in gradients])
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_together_equal_the_definition(world_size: int) -> None:
+    """Value and gradient of the global batch, whoever holds how much of it; and lightly's, where it can."""
+    results = run_distributed(rank_losses, world_size, timeout=300)
+    for case in CASES:
+        first, second = (z.requires_grad_() for z in views(12))
+        mask = case_mask(case)
+        kept = torch.ones(12, dtype=torch.bool) if mask is None else mask
+        expected = reference(first[kept], second[kept], 0.3) * kept.sum() / 12
+        expected_gradients = torch.autograd.grad(expected, (first, second))
+        names = [name for name in results[0] if name.startswith(case + "/")]
+        assert len(names) == (4 if case == "even" else 2)
+        for name in names:
+            for rank in results:
+                assert rank[name][0] == pytest.approx(expected.item(), rel=1e-6)
+            for view in range(2):
+                rows = [torch.tensor(rank[name][1][view], dtype=torch.float64).view(-1, 8) for rank in results]
+                torch.testing.assert_close(torch.cat(rows), expected_gradients[view], rtol=1e-6, atol=1e-12)
