@@ -51,21 +51,47 @@ def build_schedule(config: OptimConfig, *, batch_size: int, steps_per_epoch: flo
 def build_optimizer(module: nn.Module, config: OptimConfig, *, accelerator: Accelerator) -> Optimizer:
     """Optimiser over `module`; norms and biases in a group without weight decay and without layer-wise scaling.
 
+    LARS is You et al. 2017's, as timm has it: `v = m v + r (g + wd w)`, `w -= lr v`,
+    `r = 1e-3 |w| / (|g| + wd |w|)`. SimCLR's code differs in two details that matter little: it divides by
+    `|g + wd w|`, and multiplies by the learning rate before the momentum, not after.
+
     Raises:
-        InputError: LARS under DeepSpeed ZeRO. LARS needs the norm of each whole layer; ZeRO 1 and 2 hand the optimiser
-            flat pieces of all layers, and the result would be another algorithm under the same name.
+        InputError: LARS under DeepSpeed ZeRO. LARS needs the norm of each whole layer; ZeRO hands the optimiser flat
+            pieces of all layers, and the result would be another algorithm under the same name. Or fused LARS.
     """
     if config.name == "lars" and uses_deepspeed(accelerator):
         raise InputError(
             "optim.name 'lars' cannot run under DeepSpeed ZeRO, which flattens the layers whose norms LARS needs: "
             "set optim.name to 'sgd' or 'adamw', or launch with DDP"
         )
+    if config.name == "lars" and config.fused:
+        raise InputError("optim.fused: LARS has no fused form: leave it false, or set optim.name to 'sgd' or 'adamw'")
     more: dict[str, Any] = {"betas": (config.momentum, 0.999)} if config.name == "adamw" else {}
+    if config.name != "lars":
+        more["fused"] = config.fused
+    groups = _weight_groups(module, weight_decay=config.weight_decay)
+    if config.name == "lars":
+        groups[0]["always_adapt"] = True  # else a decay of 0 would switch the layer-wise scaling off
     return create_optimizer_v2(
-        module,
+        [group for group in groups if group["params"]],
         opt=TIMM_NAMES[config.name],
         lr=config.lr,
-        weight_decay=config.weight_decay,
+        weight_decay=0.0,
         momentum=config.momentum,
         **more,
     )
+
+
+def _weight_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """The weights, and what gets no weight decay: norms, biases, and what the module's `no_weight_decay` names.
+
+    timm makes these groups too, but not for a decay of 0, and LARS needs them there.
+    """
+    spared: set[str] = getattr(module, "no_weight_decay", set)()
+    weights: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim > 1 and not name.endswith(".bias") and name not in spared
+            (weights if plain else rest).append(parameter)
+    return [{"params": weights, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]

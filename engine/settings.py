@@ -31,6 +31,8 @@ class OptimConfig:
     """Clip the gradient's global L2 norm to this; 0 leaves it alone."""
     micro_batch: NonNegativeInt = 0
     """Images a rank passes through the encoder at a time; 0 takes the whole local batch. The losses still see all."""
+    fused: bool = False
+    """One kernel for all weights of a step (torch's fused SGD and AdamW; LARS has none)."""
 
 
 @dataclass
@@ -42,9 +44,22 @@ class LoopConfig:
     checkpoint_every: PositiveInt = 200
     """Steps between two checkpoints; one more is written at the end and on request."""
     keep_checkpoints: PositiveInt = 2
-    """Number of checkpoints kept."""
+    """Number of newest checkpoints kept."""
+    keep_every: NonNegativeInt = 0
+    """Also keep, for ever, the checkpoints whose step is a multiple of this; 0 keeps none."""
+    keep_best: str = ""
+    """Also keep the checkpoint with the best value so far of a metric in metrics.jsonl: max:NAME or min:NAME."""
     stop_after: NonNegativeInt = 0
     """Stop with a checkpoint (exit code 75) after this step, as if asked to; 0 never does."""
+    max_skipped: PositiveInt = 5
+    """Stop after this many steps in a row whose loss or gradient was not finite; each is skipped on all ranks."""
+    rank_timeout: NonNegativeFloat = 600.0
+    """Seconds that ranks wait for one that makes no progress before all stop; a twentieth of it (3 to 30 s) for one
+    that gives no sign of life, none for one whose process ended; 0 waits for ever."""
+    ignore_failures: bool = False
+    """Start although the last three attempts died at the same step."""
+    record_order: bool = False
+    """Write the positions (epoch, shard, row) of every step's samples into order/rank-*.jsonl of the run folder."""
     num_workers: NonNegativeInt = 2
     """Data-loader processes per rank; 0 reads in the training process."""
     tracker: TrackerName = "wandb"

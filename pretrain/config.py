@@ -4,14 +4,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, OpenUnitInterval, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from engine.program import REPOSITORY
 from engine.settings import LoopConfig, OptimConfig, Precision
+from pretrain.probe_config import OnlineConfig
 
 DEFAULT_CONFIG = REPOSITORY / "configs" / "pretrain" / "demo.yaml"
 
-Arm = Literal["contrastive", "contrastive+attention", "supervised", "supervised+attention"]
+Arm = Literal["contrastive", "contrastive+attention", "co-train", "supervised", "supervised+attention"]
 
 
 @dataclass
@@ -24,6 +32,12 @@ class DataConfig:
     """Label shards of a teacher for these images, or a folder that holds exactly one such set; attention arms only."""
     teacher: str | None = None
     """Checkpoint hash that the labels must have come from (its first characters are enough); null accepts any."""
+    control: Literal["none", "shuffled", "centre_bias"] = "none"
+    """Which label set to take where `labels` holds a teacher's set and its controls: the teacher's, or a control."""
+    gaze: Path | None = None
+    """Image shards with human gaze, as shards/pack.py writes them; arm co-train only."""
+    gaze_batch_size: PositiveInt = 32
+    """Gaze images per step over all ranks; the ranks' number must divide it; arm co-train only."""
     batch_size: PositiveInt = 256
     """Images per step over all ranks; the ranks' number must divide it."""
     image_size: PositiveInt = 224
@@ -58,6 +72,10 @@ class ModelConfig:
     """Any timm model with intermediate features: resnet18, resnet50, vit_small_patch16_224, ..."""
     backbone_options: dict[str, Any] = field(default_factory=dict)
     """More arguments of timm.create_model, e.g. {output_stride: 8} for a finer grid in the last stages of a ResNet."""
+    cifar_stem: bool = False
+    """Small images: a ResNet's stem becomes one 3x3 convolution of stride 1 without pooling (SimCLR, appendix B.9)."""
+    gradient_checkpointing: bool = False
+    """Keep no activations inside blocks and compute them again in the backward: less memory, about a third slower."""
     projector_hidden: PositiveInt = 2048
     """Width of the projection head's hidden layer."""
     projector_out: PositiveInt = 128
@@ -108,6 +126,14 @@ class Config:
     """Mixed precision: no (fp32), bf16, fp16. The losses are computed in fp32 in any case."""
     channels_last: bool = False
     """Keep images and convolution weights in channels-last memory order."""
+    compile: bool = False
+    """Compile the student with torch.compile: the first steps take minutes, the others less."""
+    sync_batch_norm: bool = False
+    """Batch norm over the batch of all ranks instead of each rank's own; needs GPUs."""
+    ema: ClosedUnitInterval = 0.0
+    """Decay per step of a moving average of the weights, kept in fp32; above 0 `encoder/` holds the average."""
+    diagnostics_every: NonNegativeInt = 50
+    """Steps between two looks at alignment, uniformity, rank and the losses' gradients; 0 for none."""
     data: DataConfig = field(default_factory=DataConfig)
     """What is read."""
     views: ViewsConfig = field(default_factory=ViewsConfig)
@@ -120,16 +146,28 @@ class Config:
     """Optimiser and schedule."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """How the training is run; may change when a run goes on."""
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    """Evaluators that run during training."""
 
     @property
     def contrastive(self) -> bool:
         """Whether the arm contrasts two views (else it classifies one)."""
-        return self.arm.startswith("contrastive")
+        return not self.arm.startswith("supervised")
 
     @property
     def attends(self) -> bool:
-        """Whether the arm has an attention head."""
+        """Whether the arm learns a teacher's maps of the images."""
         return self.arm.endswith("+attention")
+
+    @property
+    def co_trains(self) -> bool:
+        """Whether the arm learns human maps of gaze images, beside the images."""
+        return self.arm == "co-train"
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether the student has attention heads."""
+        return self.attends or self.co_trains
 
     @property
     def num_views(self) -> int:

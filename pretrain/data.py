@@ -3,22 +3,26 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from attention.maps import decode_map_np
 from engine.errors import InputError
 from engine.loading import TensorBatch, make_loader
 from engine.settings import LoopConfig
 from pretrain.config import DataConfig, ViewsConfig
-from pretrain.views import NUM_COLOURS, View, cut_views, draw_view, view_generator
+from pretrain.reuse import ArrayPool
+from pretrain.views import Views, cut_views, draw_views
 from shards.decode import image_size
 from shards.location import is_remote
 from shards.order import SampleOrder, StepBatches
 from shards.reader import BadSample, ShardSet
+
+MAPS_AT_ONCE = 8
 
 Position = tuple[int, int, int]  # epoch, shard, row
 
@@ -65,6 +69,18 @@ def find_label_set(path: Path) -> Path:
     return found[0]
 
 
+class _File(NamedTuple):
+    """A sample on its way into a batch: the image file, its upright height and width, class, codes of its map."""
+
+    data: bytes
+    size: tuple[int, int]
+    label: int
+    codes: np.ndarray
+
+
+_NO_CODES = np.zeros((0, 0), dtype=np.uint8)
+
+
 class ViewDataset(Dataset[Batch]):
     """Reads samples by position and cuts their views; a whole batch per call."""
 
@@ -73,56 +89,90 @@ class ViewDataset(Dataset[Batch]):
     ) -> None:
         self.shards, self.views, self.num_views, self.seed = shards, views, num_views, seed
         self.image_size, self.map_size = image_size, map_size
+        self._images, self._maps = ArrayPool(), ArrayPool()
 
     def __getitem__(self, position: Position) -> Batch:
         return self.__getitems__([position])
 
     def __getitems__(self, positions: list[Position]) -> Batch:
-        """Read one batch; unreadable samples are marked, not replaced."""
-        count, size, num_views = len(positions), self.image_size, self.num_views
-        images = np.empty((num_views, count, size, size, 3), dtype=np.uint8)
-        boxes = np.tile(np.array([0, 0, 1, 1], dtype=np.float32), (num_views, count, 1))
-        flips = np.zeros((num_views, count), dtype=bool)
-        colours = np.zeros((num_views, count, NUM_COLOURS), dtype=np.float32)
-        maps = np.ones((count, self.map_size, self.map_size), dtype=np.float32) if self.map_size else None
-        labels = np.full(count, -1, dtype=np.int64)
-        valid, bad = np.zeros(count, dtype=bool), []
-        for i, position in enumerate(positions):
-            try:
-                sample, drawn, pixels = self._read(position)
-            except BadSample as error:
-                bad.append(str(error))
-                images[:, i] = 0
-                continue
-            images[:, i], labels[i], valid[i] = pixels, sample.label, True
-            for v, view in enumerate(drawn):
-                boxes[v, i], flips[v, i], colours[v, i] = view.box, view.flip, view.colours
-            if maps is not None:
-                maps[i] = sample.map
+        """Read one batch; unreadable samples are marked, not replaced.
+
+        Files are read and decoded one by one; what lies between is computed for the batch at once, since Python takes
+        longer over a sample's few dozen numbers than the decoder over a small image.
+        """
+        bad: dict[int, str] = {}
+        files = [self._read(number, position, bad) for number, position in enumerate(positions)]
+        sizes = np.array([file.size for file in files], dtype=np.int64)
+        views = self._draw(positions, sizes)
+        images = self._cut(positions, files, views, bad)
+        boxes = (views.crops / sizes[:, [0, 1, 0, 1]]).astype(np.float32)
+        labels = np.array([file.label for file in files], dtype=np.int64)
+        valid = np.ones(len(files), dtype=bool)
+        if bad:
+            failed = sorted(bad)
+            valid[failed], labels[failed], views.flips[:, failed] = False, -1, False
+            images[:, failed], boxes[:, failed], views.colours[:, failed] = 0, (0, 0, 1, 1), 0
+        maps = self._densities(files) if self.map_size else None
         return Batch(
             images=torch.from_numpy(images),
             boxes=torch.from_numpy(boxes),
-            flips=torch.from_numpy(flips),
-            colours=torch.from_numpy(colours),
-            maps=torch.from_numpy(maps) if maps is not None else None,
+            flips=torch.from_numpy(views.flips),
+            colours=torch.from_numpy(views.colours),
+            maps=None if maps is None else torch.from_numpy(maps),
             labels=torch.from_numpy(labels),
             valid=torch.from_numpy(valid),
-            bad=bad,
+            bad=[bad[number] for number in sorted(bad)],
         )
 
-    def _read(self, position: Position) -> tuple[Any, list[View], np.ndarray]:
-        epoch, shard, row = position
-        sample = self.shards.read(shard, row)
-        number = int(self.shards.shard_starts[shard]) + row
+    def _read(self, number: int, position: Position, bad: dict[int, str]) -> _File:
+        """One sample; where it cannot be read, its reason goes into `bad` and an empty one takes its place."""
+        _, shard, row = position
         try:
-            height, width = image_size(sample.image)
-            drawn = []
-            for v in range(self.num_views):
-                rng = view_generator(self.seed, epoch=epoch, sample=number, view=v)
-                drawn.append(draw_view(rng, self.views, height=height, width=width))
-            return sample, drawn, cut_views(sample.image, drawn, size=self.image_size)
+            stored = self.shards.read_stored(shard, row)
+            codes = _NO_CODES if stored.codes is None else stored.codes
+            if self.map_size and codes.shape != (self.map_size, self.map_size):
+                raise ValueError(f"its label map is {codes.shape}, those of the set are {self.map_size} on a side")
+            return _File(stored.image, image_size(stored.image), stored.label, codes)
+        except BadSample as error:
+            bad[number] = str(error)
         except ValueError as error:
-            raise BadSample(sample.key, f"shard {shard}", str(error)) from error
+            bad[number] = self._message(position, error)
+        return _File(b"", (1, 1), -1, np.zeros((self.map_size, self.map_size), dtype=np.uint8))
+
+    def _draw(self, positions: list[Position], sizes: np.ndarray) -> Views:
+        starts = self.shards.shard_starts
+        return draw_views(
+            self.views,
+            seed=self.seed,
+            epochs=[epoch for epoch, _, _ in positions],
+            samples=[int(starts[shard]) + row for _, shard, row in positions],
+            sizes=sizes,
+            num_views=self.num_views,
+        )
+
+    def _cut(self, positions: list[Position], files: list[_File], views: Views, bad: dict[int, str]) -> np.ndarray:
+        size = self.image_size
+        images = self._images.take((self.num_views, len(files), size, size, 3), np.uint8)
+        crops, flips = views.crops.swapaxes(0, 1).tolist(), views.flips.T.tolist()
+        for number, file in enumerate(files):
+            if number not in bad:
+                try:
+                    cut_views(file.data, crops[number], flips[number], stored=file.size, out=images[:, number])
+                except ValueError as error:
+                    bad[number] = self._message(positions[number], error)
+        return images
+
+    def _densities(self, files: list[_File]) -> np.ndarray:
+        """Maps, a few at a time: what is computed on the way then stays in the processor's cache."""
+        maps = self._maps.take((len(files), self.map_size, self.map_size), np.float32)
+        for start in range(0, len(files), MAPS_AT_ONCE):
+            part = slice(start, start + MAPS_AT_ONCE)
+            maps[part] = decode_map_np(np.stack([file.codes for file in files[part]]))
+        return maps
+
+    def _message(self, position: Position, error: ValueError) -> str:
+        _, shard, row = position
+        return str(BadSample(self.shards.key(shard, row), f"shard {shard}", str(error)))
 
 
 def view_batches(

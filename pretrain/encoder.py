@@ -21,7 +21,8 @@ def write_encoder(directory: Path, backbone: nn.Module, *, config: Config, stude
     """Write `encoder/`: backbone weights, timm's `config.json`, and beside them the attention heads.
 
     Loads without Saccade: `timm.create_model("<architecture>", num_classes=0, checkpoint_path="model.safetensors")`, or
-    `timm.create_model("local-dir:<directory>", pretrained=True)`.
+    `timm.create_model("local-dir:<directory>", pretrained=True)`. A backbone with CIFAR stem is no model of timm's:
+    `load_encoder`, or the three lines of `use_cifar_stem`, make the one that the weights fit.
 
     Args:
         student: the whole student's state, names as in `Student`.
@@ -43,6 +44,8 @@ def write_encoder(directory: Path, backbone: nn.Module, *, config: Config, stude
     }
     if arguments := backbone_arguments(config):
         settings["model_args"] = arguments
+    if config.model.cifar_stem:
+        settings["cifar_stem"] = True
     with atomic_directory(directory) as temporary:
         save_file(_part(student, "backbone."), temporary / WEIGHTS, metadata={"format": "pt"})
         save_file(_part(student, "attention_heads."), temporary / HEADS, metadata={"format": "pt"})
@@ -60,6 +63,8 @@ def load_encoder(directory: Path) -> nn.Module:
     settings = json.loads((directory / CONFIG).read_text())
     arguments = settings.get("model_args", {})
     backbone = timm.create_model(settings["architecture"], pretrained=False, num_classes=0, **arguments)
+    if settings.get("cifar_stem", False):
+        use_cifar_stem(backbone)
     try:
         backbone.load_state_dict(load_file(directory / WEIGHTS))
     except RuntimeError as error:
@@ -84,6 +89,25 @@ def backbone_arguments(config: Config) -> dict[str, Any]:
         model = timm.create_model(config.model.backbone, num_classes=0)
     sized = getattr(getattr(model, "patch_embed", None), "img_size", None) is not None
     return ({"img_size": config.data.image_size} if sized else {}) | config.model.backbone_options
+
+
+def use_cifar_stem(backbone: Any) -> None:
+    """Give a timm ResNet the stem that SimCLR has for CIFAR-10: one 3x3 convolution of stride 1, no pooling.
+
+    Source: SimCLR, Chen et al. 2020, appendix B.9.
+
+    Raises:
+        InputError: the backbone is no ResNet with a plain 7x7 stem.
+    """
+    stem = getattr(backbone, "conv1", None)
+    if not isinstance(stem, nn.Conv2d) or stem.kernel_size != (7, 7) or not hasattr(backbone, "maxpool"):
+        raise InputError("model.cifar_stem replaces a ResNet's 7x7 stem: set it to false, or take e.g. resnet18")
+    backbone.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm does
+    backbone.maxpool = nn.Identity()
+    shrink = {info["module"]: 4 for info in backbone.feature_info} | {backbone.feature_info[0]["module"]: 2}
+    for info in backbone.feature_info:
+        info["reduction"] //= shrink[info["module"]]
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

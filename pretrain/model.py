@@ -9,9 +9,11 @@ from lightly.models.modules import SimCLRProjectionHead
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from engine.average import Average
 from engine.errors import InputError
+from pretrain.batch_statistics import spare_statistics
 from pretrain.config import Config
-from pretrain.encoder import backbone_arguments
+from pretrain.encoder import backbone_arguments, use_cifar_stem
 
 
 @dataclass
@@ -69,12 +71,18 @@ class Student(nn.Module):
             )
         else:
             self.classifier = nn.Linear(width, num_classes)
-        self.stages = resolve_stages(self.backbone, config.attention.stages) if config.attends else []
+        self.stages = resolve_stages(self.backbone, config.attention.stages) if config.has_heads else []
         channels = [info["num_chs"] for info in self.backbone.feature_info]
         self.attention_heads = nn.ModuleList(
             AttentionHead(channels[stage], channels=config.attention.channels, norm=config.model.head_norm)
             for stage in self.stages
         )
+        self.average = Average(self.parameters(), decay=config.ema) if config.ema > 0 else None
+
+    def no_weight_decay(self) -> set[str]:
+        """Weights that the backbone's authors spare from weight decay: a ViT's position and class tokens."""
+        spared: set[str] = getattr(self.backbone, "no_weight_decay", set)()
+        return {f"backbone.{name}" for name in spared}
 
     def forward(self, images: Tensor) -> StudentOutput:
         """Normalised images `(batch, 3, height, width)` through backbone and heads."""
@@ -106,11 +114,16 @@ def build_backbone(config: Config) -> Any:
         raise InputError(f"model.backbone '{name}' is no timm model; {hint}")
     arguments = backbone_arguments(config)
     try:
-        backbone = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+        backbone: Any = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
     except (TypeError, AssertionError, ValueError, NotImplementedError) as error:
         raise InputError(f"model.backbone '{name}' cannot be built with {arguments}: {error}") from error
     if not hasattr(backbone, "forward_intermediates"):
         raise InputError(f"model.backbone '{name}' gives no intermediate features; take e.g. resnet18 or vit_small")
+    if config.model.cifar_stem:
+        use_cifar_stem(backbone)
+    if config.model.gradient_checkpointing:
+        backbone.set_grad_checkpointing(True)
+        spare_statistics(backbone)
     return backbone
 
 

@@ -1,22 +1,32 @@
 """Puts a pretraining run together from its config, and checks it without training."""
 
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from engine.average import Average
 from engine.errors import InputError
-from engine.launch import build_accelerator, uses_deepspeed
+from engine.launch import build_accelerator
 from engine.loading import counted
-from engine.loop import Training, fit, start_training
+from engine.loop import Hook, StepFunction, Training, fit, start_training
+from engine.passes import Backward
 from engine.plan import Plan, plan_steps
 from engine.program import config_to_dict
 from engine.ranks import Ranks
 from engine.runs import RunFolder, check_run_name
+from pretrain.assemble import assemble_student
 from pretrain.config import Config
+from pretrain.cotrain import CoTraining, open_gaze, with_gaze
 from pretrain.data import Batch, ViewDataset, find_label_set, view_batches
 from pretrain.encoder import write_encoder
 from pretrain.model import Student, input_statistics
-from pretrain.objective import Objective, memory_format
+from pretrain.objective import Objective
 from pretrain.prepare import prepare_sample
+from shards.location import is_remote
 from shards.reader import BadSample, ShardSet
 
 
@@ -32,11 +42,36 @@ def open_data(config: Config) -> ShardSet:
             raise InputError(
                 f"data.labels is needed by arm '{config.arm}': give the folder that teacher/label.py wrote"
             )
-        labels = find_label_set(config.data.labels)
+        labels = find_label_set(choose_control(config.data.labels, config.data.control))
     shards = ShardSet(config.data.shards, labels=labels, teacher_hash=config.data.teacher)
     if not config.contrastive and not shards.classes:
         raise InputError(f"{config.data.shards}: arm '{config.arm}' needs classes, and these shards have none")
     return shards
+
+
+def choose_control(folder: Path, control: str) -> Path:
+    """The set in `folder` that is the wanted control (or the teacher's own, for "none"); else `folder` itself.
+
+    Raises:
+        InputError: a control is wanted that is not there.
+    """
+    manifests = [] if is_remote(folder) else sorted(folder.glob("*/manifest.json"))
+    wanted = [path.parent for path in manifests if _control_of(path) == control]
+    if len(wanted) == 1:
+        return wanted[0]
+    if not wanted and control != "none":
+        raise InputError(
+            f"data.control '{control}': {folder} holds no such label set: write it with teacher/label.py --controls "
+            f"{control}, and give the folder that holds the teacher's set too"
+        )
+    return folder
+
+
+def _control_of(manifest: Path) -> str:
+    try:
+        return str(json.loads(manifest.read_text())["teacher"].get("control", "none"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "unreadable"
 
 
 def make_plan(config: Config, *, num_samples: int, world_size: int) -> Plan:
@@ -62,9 +97,10 @@ def check(config: Config) -> list[str]:
     check_run_name(config.run)
     accelerator = build_accelerator(precision=config.precision, seed=config.seed)
     shards = open_data(config)
+    gaze = open_gaze(config, world_size=accelerator.num_processes) if config.co_trains else None
     plan = make_plan(config, num_samples=shards.num_samples, world_size=accelerator.num_processes)
-    student = Student(config, num_classes=len(shards.classes))
-    weights = sum(p.numel() for p in student.parameters())
+    student = assemble_student(config, num_classes=len(shards.classes), accelerator=accelerator)
+    weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
     views = plan.local_batch * config.num_views
     sample = shards.read(0, 0)
     lines = [
@@ -78,7 +114,10 @@ def check(config: Config) -> list[str]:
         f"{views * 12 * config.data.image_size**2 / 2**20:.0f} MiB as fp32 input",
     ]
     if shards.label_manifest is not None:
-        lines.append(f"labels: teacher {shards.label_manifest.extra['teacher']['hash'][:16]}")
+        teacher = shards.label_manifest.extra["teacher"]
+        lines.append(f"labels: teacher {teacher['hash'][:16]}, control {teacher.get('control', 'none')}")
+    if gaze is not None:
+        lines.append(f"gaze: {gaze.root}, {gaze.num_samples} images, {config.data.gaze_batch_size} a step")
     return lines
 
 
@@ -95,9 +134,8 @@ def train(config: Config) -> RunFolder:
     ranks.on_main(lambda: prepare_sample(config))
     shards = open_data(config)
     plan = make_plan(config, num_samples=shards.num_samples, world_size=ranks.world_size)
-    student = Student(config, num_classes=len(shards.classes))
-    if not uses_deepspeed(accelerator):  # it flattens the weights, and fails on those that are channels-last
-        student = student.to(memory_format=memory_format(config))
+    gaze = open_gaze(config, world_size=ranks.world_size) if config.co_trains else None
+    student = assemble_student(config, num_classes=len(shards.classes), accelerator=accelerator)
     training = start_training(
         student,
         accelerator=accelerator,
@@ -108,18 +146,22 @@ def train(config: Config) -> RunFolder:
         batch_size=config.data.batch_size,
         steps_per_epoch=plan.steps_per_epoch,
         total_steps=plan.total_steps,
-        identity=_identity(shards),
+        identity=_identity(shards, gaze),
     )
     with training:
         start = training.resume()
         objective = Objective(training.module, config, input_statistics(student.backbone), accelerator.device)
-        batches = counted(
-            _batches(config, shards, ranks=ranks, start=start, plan=plan),
-            training,
-            start=start,
-            max_fraction=config.data.max_bad_fraction,
-        )
-        fit(training, batches, objective, start_step=start)
+        batches: Iterator[Any] = _batches(config, shards, ranks=ranks, start=start, plan=plan)
+        step_function: StepFunction = objective
+        if gaze is not None:
+            step_function = CoTraining(objective)
+            batches = with_gaze(batches, gaze, config, ranks=ranks, start_step=start, stop_step=plan.total_steps)
+        hooks = _online(training, config, student)
+        if student.average is not None:
+            step_function = averaging = _Averaging(step_function, student, student.average)
+            hooks = [(interval, averaging.evaluated(hook)) for interval, hook in hooks]
+        checked = counted(batches, training, start=start, max_fraction=config.data.max_bad_fraction)
+        fit(training, checked, step_function, start_step=start, hooks=hooks)
         _finish(training, student, config=config, shards=shards)
     return training.run
 
@@ -154,14 +196,52 @@ def _batches(config: Config, shards: ShardSet, *, ranks: Ranks, start: int, plan
     )
 
 
-def _identity(shards: ShardSet) -> dict[str, str]:
+def _identity(shards: ShardSet, gaze: ShardSet | None) -> dict[str, str]:
     labels = shards.label_manifest
-    return {"shards": shards.digest} | ({"labels": labels.digest} if labels is not None else {})
+    found = {"shards": shards.digest} | ({"labels": labels.digest} if labels is not None else {})
+    return found | ({"gaze": gaze.digest} if gaze is not None else {})
+
+
+@dataclass
+class _Averaging:
+    """A step function that first lets the average take in the step before.
+
+    Not after the step: the optimiser may still be at work on the device, and the host need not wait for it.
+    """
+
+    step_function: StepFunction
+    student: Student
+    average: Average
+
+    def __call__(self, batch: Any, *, step: int, backward: Backward) -> dict[str, Tensor]:
+        self.average.update(self.student, step=step)
+        return self.step_function(batch, step=step, backward=backward)
+
+    def evaluated(self, hook: Hook) -> Hook:
+        """The hook, with the averaged weights in the student while it runs."""
+
+        def call(step: int) -> None:
+            self.average.update(self.student, step=step)
+            with self.average.applied(self.student):
+                hook(step)
+
+        return call
+
+
+def _online(training: Training, config: Config, student: Student) -> list[tuple[int, Hook]]:
+    if not config.online.evaluators.strip():
+        return []
+    from pretrain.evaluators.online import online_hooks  # evaluators train read-outs with what is in this module
+
+    return online_hooks(training, config, student)
 
 
 def _finish(training: Training, student: Student, *, config: Config, shards: ShardSet) -> None:
     run, step = training.run, training.total_steps
     state = training.weights()
+    if student.average is not None:
+        student.average.update(student, step=step)
+        state = student.average.averaged(student, state)
     if not training.ranks.is_main:
         return
     write_encoder(run.path / "encoder", student.backbone, config=config, student=state)

@@ -1,21 +1,26 @@
-"""Two random views of an image, chosen in the worker: where to crop, whether to flip, how to recolour.
+"""Random views of images, chosen in the worker: where to crop, whether to flip, how to recolour.
 
 Every draw is a pure function of (seed, epoch, sample, view), so a sample's views are the same on any number of ranks
-and workers and after any resume. Crops are cut here, in uint8; colours change later, in batches, on the device.
+and workers and after any resume. A whole batch is drawn at once. Crops are cut here, in uint8; colours change later, in
+batches, on the device.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 from pretrain.config import ViewsConfig
-from shards.decode import decode_rgb, image_size
+from pretrain.philox import uniforms
+from shards.decode import decode_rgb
 
 RATIO = (3 / 4, 4 / 3)
+TRIES = 10
 JITTER_PROBABILITY = 0.8
 BLUR_SIGMA = (0.1, 2.0)
+LINEAR_FROM, AREA_FROM = 1.2, 2.0
 
 # Columns of a colour vector.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, BLUR, SOLARIZE = range(8)
@@ -23,109 +28,160 @@ NUM_COLOURS = 8
 ORDERS = np.array([[a, b, c, d] for a in range(4) for b in range(4) for c in range(4) for d in range(4)])
 ORDERS = ORDERS[[len(set(row)) == 4 for row in ORDERS.tolist()]]  # the 24 orders of the four jitter operations
 
+_BLOCKS = TRIES + 3  # of four random numbers each: one per try for a box, three for the rest
+
 
 @dataclass(frozen=True)
-class View:
-    """One view's geometry and colours.
+class Views:
+    """Geometry and colours of the views of a batch of images.
 
     Attributes:
-        box: crop as (top, left, height, width), fractions of the image.
-        flip: mirrored left to right.
-        colours: float32 `(NUM_COLOURS,)`: three jitter factors, hue shift in turns, index into `ORDERS` (-1: no
-            jitter), grey (0 or 1), blur sigma in pixels (0: none), solarise (0 or 1).
+        crops: int64 `(num_views, batch, 4)`: top, left, height, width in pixels of the upright image.
+        flips: bool `(num_views, batch)`, mirrored left to right.
+        colours: float32 `(num_views, batch, NUM_COLOURS)`: three jitter factors, hue shift in turns, index into
+            `ORDERS` (-1: no jitter), grey (0 or 1), blur sigma in pixels (0: none), solarise (0 or 1).
     """
 
-    box: tuple[float, float, float, float]
-    flip: bool
+    crops: np.ndarray
+    flips: np.ndarray
     colours: np.ndarray
 
 
-def view_generator(seed: int, *, epoch: int, sample: int, view: int) -> np.random.Generator:
-    """Counter-based generator of one view: its key names the view, so no state is carried from one to the next."""
-    key = (seed & 0xFFFFFFFF) | (view << 32)
-    return np.random.Generator(np.random.Philox(key=[key, (epoch << 44) | sample]))
-
-
-def draw_view(rng: np.random.Generator, config: ViewsConfig, *, height: int, width: int) -> View:
-    """Draw crop, flip and colours for an image of `height` x `width` pixels.
+def draw_views(
+    config: ViewsConfig,
+    *,
+    seed: int,
+    epochs: Sequence[int] | np.ndarray,
+    samples: Sequence[int] | np.ndarray,
+    sizes: Sequence[tuple[int, int]] | np.ndarray,
+    num_views: int,
+) -> Views:
+    """Draw crops, flips and colours.
 
     Source: SimCLR's official data_util.py: area (min_area, 1), ratio (3/4, 4/3), flip 0.5, jitter
     (.8 s, .8 s, .8 s, .2 s) with p 0.8 in random order, grey 0.2, blur 0.5.
+
+    Args:
+        seed: its lowest 64 bits count.
+        epochs: `(batch,)`, below 2**32.
+        samples: numbers of the images in their set, `(batch,)`.
+        sizes: upright height and width of the images in pixels, `(batch, 2)`.
     """
-    top, left, crop_height, crop_width = _draw_box(rng, config.min_area, height=height, width=width)
-    uniform = rng.random(12)
+    samples = np.asarray(samples, dtype=np.int64)
+    # The counter names the number drawn: its place in the view, the view, the sample, the epoch.
+    counters = np.empty((4, _BLOCKS, num_views, len(samples)), dtype=np.int64)
+    counters[0] = np.arange(_BLOCKS)[:, None, None] + (np.arange(num_views)[:, None] << 16)
+    counters[1], counters[2], counters[3] = samples & 0xFFFFFFFF, samples >> 32, epochs
+    drawn = uniforms(counters, key=seed)
+    rest = drawn[:, TRIES:].reshape(12, num_views, len(samples))
+    crops = _draw_crops(drawn[:, :TRIES], config.min_area, sizes=np.asarray(sizes, dtype=np.int64))
+    return Views(crops, rest[10] < 0.5, _draw_colours(rest, config))
+
+
+def _draw_colours(uniform: np.ndarray, config: ViewsConfig) -> np.ndarray:
+    """Colour vectors `(..., NUM_COLOURS)` from ten or more random numbers each, `(10, ...)`."""
     strength = 0.8 * config.jitter
     low = max(0.0, 1.0 - strength)
-    colours = np.zeros(NUM_COLOURS, dtype=np.float32)
-    colours[BRIGHTNESS : SATURATION + 1] = low + (1.0 + strength - low) * uniform[:3]
-    colours[HUE] = min(0.2 * config.jitter, 0.5) * (2 * uniform[3] - 1)
-    jittered = uniform[4] < JITTER_PROBABILITY and config.jitter > 0
-    colours[ORDER] = int(uniform[5] * len(ORDERS)) if jittered else -1
-    colours[GREY] = uniform[6] < config.grey
+    colours = np.empty((*uniform.shape[1:], NUM_COLOURS), dtype=np.float32)
+    for column, numbers in zip((BRIGHTNESS, CONTRAST, SATURATION), uniform, strict=False):
+        colours[..., column] = low + (1.0 + strength - low) * numbers
+    colours[..., HUE] = min(0.2 * config.jitter, 0.5) * (2 * uniform[3] - 1)
+    jittered = (uniform[4] < JITTER_PROBABILITY) & (config.jitter > 0)
+    colours[..., ORDER] = np.where(jittered, np.floor(uniform[5] * len(ORDERS)), -1)
+    colours[..., GREY] = uniform[6] < config.grey
     sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * uniform[7]
-    colours[BLUR] = sigma if uniform[8] < config.blur else 0.0
-    colours[SOLARIZE] = uniform[9] < config.solarize
-    box = (top / height, left / width, crop_height / height, crop_width / width)
-    return View(box, bool(uniform[10] < 0.5), colours)
+    colours[..., BLUR] = np.where(uniform[8] < config.blur, sigma, 0.0)
+    colours[..., SOLARIZE] = uniform[9] < config.solarize
+    return colours
 
 
-def cut_views(data: bytes, views: list[View], *, size: int) -> np.ndarray:
+def _draw_crops(uniform: np.ndarray, min_area: float, *, sizes: np.ndarray) -> np.ndarray:
+    """Crops `(views, batch, 4)` in pixels: ten tries as torchvision's RandomResizedCrop, then the central fallback.
+
+    Args:
+        uniform: `(4, tries, views, batch)`.
+    """
+    heights, widths = sizes.T
+    area_draw, ratio_draw, top_draw, left_draw = uniform
+    area = heights * widths * (min_area + (1 - min_area) * area_draw)
+    # The square root of the ratio: a crop of area A has the sides sqrt(A) * root and sqrt(A) / root.
+    root = np.exp((math.log(RATIO[0]) + math.log(RATIO[1] / RATIO[0]) * ratio_draw) / 2)
+    side = np.sqrt(area)
+    tall, wide = np.rint(side / root).astype(np.int64), np.rint(side * root).astype(np.int64)
+    fits = (tall > 0) & (tall <= heights) & (wide > 0) & (wide <= widths)
+    tries = np.concatenate([tall, wide, top_draw, left_draw]).reshape(4, *fits.shape)
+    chosen = np.take_along_axis(tries, fits.argmax(axis=0)[None, None], axis=1)[:, 0]
+    none_fits = ~fits.any(axis=0)
+    central = _central_crops(heights, widths)
+    tall, wide = (np.where(none_fits, side, made).astype(np.int64) for side, made in zip(central, chosen, strict=False))
+    free = np.stack([heights - tall, widths - wide])
+    corner = np.where(none_fits, free // 2, (chosen[2:] * (free + 1)).astype(np.int64))
+    return np.stack([*corner, tall, wide], axis=-1)
+
+
+def _central_crops(heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Height and width of the largest crop of an allowed ratio."""
+    tall = np.where(widths / heights < RATIO[0], np.rint(widths / RATIO[0]), heights)
+    wide = np.where(widths / heights > RATIO[1], np.rint(heights * RATIO[1]), widths)
+    return np.maximum(tall, 1), np.maximum(wide, 1)
+
+
+def cut_views(
+    data: bytes, crops: Sequence[Sequence[int]], flips: Sequence[bool], *, stored: tuple[int, int], out: np.ndarray
+) -> None:
     """Decode once, at the smallest scale that still gives every crop its pixels, and cut all views.
 
-    Returns:
-        uint8 `(num_views, size, size, 3)`, RGB.
+    Colours are decoded the fast way (our choice): in a view that is about 0.5 of 255 away, less than its jitter by far.
+
+    Args:
+        data: an image file.
+        crops: top, left, height, width of each view, pixels of the upright image.
+        flips: whether each view is mirrored.
+        stored: upright height and width of the image, pixels.
+        out: takes the views, uint8 `(num_views, size, size, 3)`, RGB.
 
     Raises:
         ValueError: the bytes are no readable image.
     """
-    height, width = image_size(data)
-    # a crop of relative height h becomes `size` rows: the whole image needs at least size / h of them
-    need_height = max(math.ceil(size / v.box[2]) for v in views)
-    need_width = max(math.ceil(size / v.box[3]) for v in views)
+    size = out.shape[1]
+    shortest = min([crop[2] for crop in crops]), min([crop[3] for crop in crops])
     # libjpeg-turbo is fast at full size and at halves; the eighths between them take longer than the whole
-    half_is_enough = 2 * need_height <= height and 2 * need_width <= width
-    image = decode_rgb(data, min_size=(need_height, need_width) if half_is_enough else None)
-    out = np.empty((len(views), size, size, 3), dtype=np.uint8)
-    for i, view in enumerate(views):
-        _cut(image, view, out=out[i])
-    return out
-
-
-def _cut(image: np.ndarray, view: View, *, out: np.ndarray) -> None:
-    """Crop, resize and flip into `out`, `(size, size, 3)`.
-
-    Bicubic as in SimCLR. Scaled decoding has already shrunk the image, so less than a factor of two is left as a rule;
-    beyond that bicubic would alias, and area averaging, eight times slower, takes over.
-    """
-    rows, columns = image.shape[:2]
-    top, left = round(view.box[0] * rows), round(view.box[1] * columns)
-    bottom = max(top + 1, round((view.box[0] + view.box[2]) * rows))
-    right = max(left + 1, round((view.box[1] + view.box[3]) * columns))
-    crop = image[top:bottom, left:right]
-    size = out.shape[0]
-    shrinking = min(crop.shape[:2]) >= 2 * size
-    resized = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC)
-    if view.flip:
-        cv2.flip(resized, 1, dst=out)
+    if min(shortest) < 2 * size:
+        image = decode_rgb(data, fast_colour=True)
     else:
-        out[:] = resized
+        needed = [math.ceil(size * side / crop) for side, crop in zip(stored, shortest, strict=True)]
+        image = decode_rgb(data, min_size=(needed[0], needed[1]), fast_colour=True)
+    scaled = image.shape[:2] != tuple(stored)
+    for crop, flip, view in zip(crops, flips, out, strict=True):
+        _cut(image, _scaled(crop, stored, image.shape) if scaled else crop, flip, view)
 
 
-def _draw_box(
-    rng: np.random.Generator, min_area: float, *, height: int, width: int
-) -> tuple[float, float, float, float]:
-    """Top, left, height, width in pixels: ten tries as torchvision's RandomResizedCrop, then the central fallback."""
-    draws = rng.random((10, 4))
-    for area_draw, ratio_draw, top_draw, left_draw in draws.tolist():
-        area = height * width * (min_area + (1 - min_area) * area_draw)
-        ratio = math.exp(math.log(RATIO[0]) + math.log(RATIO[1] / RATIO[0]) * ratio_draw)
-        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            top, left = int(top_draw * (height - crop_height + 1)), int(left_draw * (width - crop_width + 1))
-            return top, left, crop_height, crop_width
-    crop_height, crop_width = height, width
-    if width / height < RATIO[0]:
-        crop_height = round(width / RATIO[0])
-    elif width / height > RATIO[1]:
-        crop_width = round(height * RATIO[1])
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+def _scaled(crop: Sequence[int], stored: tuple[int, int], shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """The crop in an image that was decoded smaller than it is stored."""
+    top, left, tall, wide = crop
+    down, across = shape[0] / stored[0], shape[1] / stored[1]
+    first_row, first_column = round(top * down), round(left * across)
+    rows, columns = round((top + tall) * down) - first_row, round((left + wide) * across) - first_column
+    return first_row, first_column, max(rows, 1), max(columns, 1)
+
+
+def resize_kernel(shrinking: float) -> int:
+    """OpenCV's kernel for a crop whose shorter side is `shrinking` times that of the view.
+
+    SimCLR resizes bicubically. OpenCV's kernels do not widen when they shrink: from a factor of 1.2 on its linear one
+    comes closer to an antialiased bicubic resize than its cubic one does, and from 2 on area averaging does; scaled
+    decoding leaves little of that.
+    """
+    if shrinking >= AREA_FROM:
+        return cv2.INTER_AREA
+    return cv2.INTER_LINEAR if shrinking >= LINEAR_FROM else cv2.INTER_CUBIC
+
+
+def _cut(image: np.ndarray, crop: Sequence[int], flip: bool, out: np.ndarray) -> None:
+    """Crop, resize and flip into `out`, `(size, size, 3)`."""
+    top, left, tall, wide = crop
+    size = len(out)
+    part = image[top : top + tall, left : left + wide]
+    cv2.resize(part, (size, size), dst=out, interpolation=resize_kernel(min(tall, wide) / size))
+    if flip:
+        cv2.flip(out, 1, dst=out)

@@ -1,8 +1,13 @@
 """Each mistake ends with exit code 2 and one line that says what, where and what to do; nothing is left behind."""
 
+import io
+import runpy
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -13,13 +18,22 @@ MAIN = REPOSITORY / "pretrain" / "main.py"
 
 
 def refused(*arguments: object, words: list[str], runs: Path | None = None) -> None:
-    done = run_python(MAIN, *arguments)
-    assert done.returncode == 2, done.stderr
-    errors = [line for line in done.stderr.splitlines() if line]
-    assert len(errors) == 1 and errors[0].startswith("error: "), done.stderr
-    assert all(word in errors[0] for word in words), errors[0]
+    """The program, run in this process: what it writes to stderr is one line, and its exit code is 2."""
+    errors = io.StringIO()
+    argv = [str(MAIN), *map(str, arguments)]
+    with mock.patch.object(sys, "argv", argv), redirect_stderr(errors), pytest.raises(SystemExit) as left:
+        runpy.run_path(str(MAIN), run_name="__main__")
+    assert left.value.code == 2, errors.getvalue()
+    lines = [line for line in errors.getvalue().splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), errors.getvalue()
+    assert all(word in lines[0] for word in words), lines[0]
     if runs is not None:
         assert not runs.exists(), "a refused run left its folder"
+
+
+def test_the_process_leaves_with_exit_code_2(student_config: Callable[..., Path]) -> None:
+    done = run_python(MAIN, "--config", student_config(model__backbone="resnet19"))
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -28,6 +42,11 @@ def refused(*arguments: object, words: list[str], runs: Path | None = None) -> N
         ({"data__shards": "no/such/folder"}, ["no/such/folder"]),
         ({"data__labels": "no/such/labels"}, ["no/such/labels", "teacher/label.py"]),
         ({"data__labels": None}, ["data.labels", "contrastive+attention"]),
+        ({"data__control": "shuffled"}, ["data.control 'shuffled'", "--controls shuffled"]),
+        ({"arm": "co-train"}, ["data.gaze", "co-train"]),
+        ({"sync_batch_norm": True}, ["sync_batch_norm needs GPUs", "cpu"]),
+        ({"ema": 1.0}, ["ema 1.0"]),
+        ({"optim__name": "lars", "optim__fused": True}, ["optim.fused", "LARS"]),
         ({"data__teacher": "0123456789abcdef"}, ["0123456789ab", "5accade0"]),
         ({"data__batch_size": 1000}, ["1000", "72"]),
         ({"model__backbone": "resnet19"}, ["resnet19"]),

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from engine.errors import InputError
+from engine.program import parse_config
+from pretrain.config import Config
 from pretrain.encoder import load_encoder
-from tests.tools import REPOSITORY, run_python
+from pretrain.trainer import train
+from tests.tools import run_python
 
 PLAIN = """
 import sys, timm, torch
@@ -31,8 +34,7 @@ def test_plain_timm_loads_it_both_documented_ways(
     norm = "batch" if name == "test_resnet" else "none"
     options = {"output_stride": 8} if name == "test_resnet" else {}
     config = student_config(model__backbone=name, model__head_norm=norm, model__backbone_options=options, max_steps=2)
-    done = run_python(REPOSITORY / "pretrain" / "main.py", "--config", config)
-    assert done.returncode == 0, done.stderr
+    train(parse_config(Config, argv=["--config", str(config)])[0])
     folder = tmp_path / "runs" / "student" / "encoder"
     output = tmp_path / "features.pt"
     weights = str(folder / "model.safetensors")

@@ -1,0 +1,149 @@
+"""Arm co-train: human gaze in the same optimisation, without a teacher.
+
+Yao et al. (CVPR 2023) train "human attention directly on SSL, without a teacher" and publish no more about it; how it
+is done here is our choice. Every step has two passes and one step of the optimiser: a batch of images, from which
+NT-Xent alone learns, and a batch of gaze images, from which the attention heads learn human maps. Trunk and heads are
+shared. Each pass normalises with the statistics of its own batch, and the gaze pass leaves batch norm's running
+statistics alone: so NT-Xent computes exactly what it computes in arm contrastive, and the encoder is evaluated with the
+statistics of the images that it is pretrained on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from attention.maps import encode_map_np, is_constant
+from engine.errors import InputError
+from engine.passes import Backward
+from engine.ranks import Ranks
+from pretrain.batch_statistics import kept_statistics
+from pretrain.config import Config
+from pretrain.data import Batch, ViewDataset, view_batches
+from pretrain.model import StudentOutput
+from pretrain.objective import Objective, attention_objective
+from shards.gaze import check_gaze, gaze_sigma, parse_target
+from shards.reader import BadSample, ShardSet, Stored
+
+MAP_SIZE = 56  # rows and columns of a human map before it is cropped with its view: those of a teacher's labels
+GAZE_SEED = 0x6A7E  # views of gaze images are not those of the images with the same number
+
+
+class GazeShards(ShardSet):
+    """A gaze set whose samples come with their human maps, as an image set's come with a teacher's."""
+
+    def read_stored(self, shard: int, row: int) -> Stored:
+        """One sample with its human map, stored as a teacher's would be; constant where nobody looked at the image.
+
+        Raises:
+            BadSample: as `ShardSet.read_stored`, or unusable gaze.
+        """
+        stored = super().read_stored(shard, row)
+        key = self.key(shard, row)
+        try:
+            info = self.read_info(shard, row)
+            target = parse_target(info, key=key, sigma=gaze_sigma(self), shard=shard, row=row)
+        except BadSample:
+            raise
+        except ValueError as error:
+            raise BadSample(key, self.manifest.files[shard], str(error)) from error
+        return replace(stored, codes=encode_map_np(target.density((MAP_SIZE, MAP_SIZE))))
+
+
+@dataclass
+class CoTrainBatch:
+    """One rank's images and gaze images of one step."""
+
+    images: Batch
+    gaze: Batch
+
+    @property
+    def bad(self) -> list[str]:
+        """Key and reason of each sample that could not be read, of both."""
+        return self.images.bad + self.gaze.bad
+
+    @property
+    def positions(self) -> Any:
+        """Places of the images in their order, where they are known; the gaze images' follow from the step."""
+        return getattr(self.images, "positions", None)
+
+
+@dataclass
+class CoTraining:
+    """The objective of a step: NT-Xent of the images, then lambda times the attention loss of the gaze images."""
+
+    objective: Objective
+
+    def __call__(self, batch: CoTrainBatch, *, step: int, backward: Backward) -> dict[str, Tensor]:
+        """Gradients of this rank's `batch`, and named scalars whose means over ranks are those of the global batch."""
+        scalars: dict[str, Tensor] = {}
+        for index in backward.passes(2):
+            if index == 0:
+                scalars = self.objective(batch.images, step=step, backward=backward)
+            else:
+                attention, terms = self._gaze_pass(batch.gaze, backward=backward)
+                weighted = self.objective.config.attention.weight * attention
+                scalars |= {"loss": scalars["loss"] + weighted, "attention": attention, **terms}
+        return scalars
+
+    def _gaze_pass(self, batch: Batch, *, backward: Backward) -> tuple[Tensor, dict[str, Tensor]]:
+        objective = self.objective
+        batch = batch.to(objective.device)
+        assert batch.maps is not None
+        batch = replace(batch, valid=batch.valid & ~is_constant(batch.maps))
+        with kept_statistics(objective.module):
+            output: StudentOutput = objective.module(objective.prepare(batch))
+        attention, terms = attention_objective(output.attention, batch, objective.config.attention)
+        assert output.embeddings is not None
+        # DDP waits for the gradient of every weight in the pass that exchanges them: the projector's is zero
+        backward(objective.config.attention.weight * attention + 0.0 * output.embeddings.float().sum())
+        return attention.detach(), terms
+
+
+def open_gaze(config: Config, *, world_size: int) -> GazeShards:
+    """The gaze set of arm co-train.
+
+    Raises:
+        InputError: no set given, one without gaze, or a gaze batch that the ranks or the set cannot give.
+    """
+    if config.data.gaze is None:
+        raise InputError("data.gaze is needed by arm 'co-train': give shards that were packed with gaze")
+    size = config.data.gaze_batch_size
+    if size % world_size:
+        raise InputError(
+            f"data.gaze_batch_size {size} cannot be divided by {world_size} ranks: set it to a multiple of {world_size}"
+        )
+    shards = GazeShards(config.data.gaze)
+    check_gaze(shards)
+    if size > shards.num_samples:
+        raise InputError(
+            f"data.gaze_batch_size {size} is more than the {shards.num_samples} samples in {config.data.gaze}: lower it"
+        )
+    return shards
+
+
+def with_gaze(
+    images: Iterator[Batch], shards: GazeShards, config: Config, *, ranks: Ranks, start_step: int, stop_step: int
+) -> Iterator[CoTrainBatch]:
+    """Put a batch of gaze images beside each batch of `images`, in an order of its own that is as exact and elastic."""
+    dataset = ViewDataset(
+        shards,
+        views=config.views,
+        num_views=1,
+        image_size=config.data.image_size,
+        seed=config.seed ^ GAZE_SEED,
+        map_size=MAP_SIZE,
+    )
+    gaze = view_batches(
+        dataset,
+        data=replace(config.data, batch_size=config.data.gaze_batch_size),
+        loop=replace(config.loop, num_workers=min(config.loop.num_workers, 1)),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        start_step=start_step,
+        stop_step=stop_step,
+        seed=config.seed ^ GAZE_SEED,
+    )
+    for one, other in zip(images, gaze, strict=True):
+        yield CoTrainBatch(one, other)

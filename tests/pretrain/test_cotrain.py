@@ -1,0 +1,183 @@
+"""Arm co-train: human gaze in the same optimisation step, exact by value, in order, on any number of ranks."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from attention.losses import attention_loss
+from attention.maps import fixation_density, warp
+from engine.errors import InputError, Requeue
+from engine.passes import Backward
+from engine.program import parse_config
+from pretrain.config import Config
+from pretrain.contrast import nt_xent
+from pretrain.cotrain import MAP_SIZE, CoTrainBatch, CoTraining, GazeShards, open_gaze, with_gaze
+from pretrain.model import Student, input_statistics
+from pretrain.objective import Objective
+from pretrain.trainer import _batches, make_plan, open_data, train
+from tests.conftest import TinySample
+from tests.pretrain.test_resume import same_end
+
+BATCH, GAZE = 12, 6
+
+
+@pytest.fixture
+def read_config(student_config: Callable[..., Path], tiny_sample: TinySample) -> Callable[..., Config]:
+    """A co-training config; keyword arguments as for `student_config`."""
+
+    def read(**overrides: Any) -> Config:
+        given = {"arm": "co-train", "data__gaze": str(tiny_sample.gaze), "data__gaze_batch_size": GAZE} | overrides
+        return parse_config(Config, argv=["--config", str(student_config(**given))])[0]
+
+    return read
+
+
+class Place:
+    """A rank's place, for what only wants to know it."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+
+
+def gaze_batches(config: Config, *, rank: int = 0, world_size: int = 1, start: int = 0, stop: int = 5) -> list[Any]:
+    images = open_data(config)
+    plan = make_plan(config, num_samples=images.num_samples, world_size=world_size)
+    plan = dataclasses.replace(plan, total_steps=stop)
+    ranks: Any = Place(rank, world_size)
+    return list(
+        with_gaze(
+            _batches(config, images, ranks=ranks, start=start, plan=plan),
+            open_gaze(config, world_size=world_size),
+            config,
+            ranks=ranks,
+            start_step=start,
+            stop_step=stop,
+        )
+    )
+
+
+def test_gaze_comes_in_one_order_on_any_number_of_ranks_and_after_any_stop(read_config: Callable[..., Config]) -> None:
+    """20 gaze images, 6 a step: steps 0 to 4 pass the end of the set, and each epoch holds each image once."""
+    config = read_config()
+    whole = gaze_batches(config)
+    for world_size in (2, 3):
+        parts = [gaze_batches(config, rank=rank, world_size=world_size, start=2) for rank in range(world_size)]
+        for step, batch in enumerate(whole[2:]):
+            for name in ("images", "boxes", "flips", "colours"):
+                ours = torch.cat([getattr(part[step].gaze, name) for part in parts], dim=1)
+                assert torch.equal(ours, getattr(batch.gaze, name))
+            assert torch.equal(torch.cat([part[step].gaze.maps for part in parts]), batch.gaze.maps)
+    seen = torch.cat([batch.gaze.maps for batch in whole])[:20].flatten(1)
+    assert len({row.numpy().tobytes() for row in seen}) == 20
+    assert not torch.equal(whole[0].gaze.boxes, whole[0].images.boxes[:1, :GAZE])
+
+
+def test_a_sample_comes_with_its_human_map(tiny_sample: TinySample) -> None:
+    shards = GazeShards(tiny_sample.gaze)
+    sample = shards.read(0, 3)
+    info = sample.info()
+    points = np.concatenate([np.reshape(one, (-1, 2)) for one in info["fixations"]])
+    sigma = shards.manifest.extra["gaze"]["sigma"]
+    human = fixation_density(points, size=(info["height"], info["width"]), sigma=sigma, grid=(MAP_SIZE, MAP_SIZE))
+    assert sample.map is not None and abs(sample.map.sum() - 1) < 1e-5
+    # stored in 8 bits, as a teacher's maps are
+    np.testing.assert_allclose(sample.map, human, atol=0.01 * human.max())
+
+
+def test_an_image_that_nobody_looked_at_is_left_out(
+    tiny_sample: TinySample, read_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_config(model__backbone="test_vit", model__head_norm="none", attention__min_mass=0.0)
+    step, module, batch = prepared(config)
+    assert batch.gaze.maps is not None
+    batch.gaze.maps[:3] = 1.0
+    scalars = step(batch, step=0, backward=Backward(Accelerator(), module))
+    assert scalars["attention_views"].item() == pytest.approx(0.5)
+    monkeypatch.setattr(GazeShards, "read_info", lambda *_: {"height": 64, "width": 64, "fixations": []})
+    sample = GazeShards(tiny_sample.gaze).read(0, 0)
+    assert sample.map is not None and sample.map.min() == sample.map.max()
+
+
+def prepared(config: Config) -> tuple[CoTraining, Student, CoTrainBatch]:
+    torch.manual_seed(0)
+    student = Student(config, num_classes=4).train()
+    objective = Objective(student, config, input_statistics(student.backbone), torch.device("cpu"))
+    return CoTraining(objective), student, gaze_batches(config, stop=1)[0]
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_the_gradient_is_that_of_the_sum(read_config: Callable[..., Config], micro_batch: int) -> None:
+    """NT-Xent of the images plus lambda (A KLD - B NSS) of the gaze images, written out in one graph."""
+    overrides = {"model__backbone": "test_vit", "model__head_norm": "none", "optim__micro_batch": micro_batch}
+    config = read_config(attention__weight=3.0, attention__min_mass=0.0, **overrides)
+    step, student, batch = prepared(config)
+    scalars = step(batch, step=0, backward=Backward(Accelerator(), student))
+    ours = {name: weight.grad.clone() for name, weight in student.named_parameters() if weight.grad is not None}
+    student.zero_grad()
+    first, second = student(step.objective.prepare(batch.images)).embeddings.chunk(2)
+    contrast = nt_xent(first, second, temperature=config.temperature)
+    gaze = batch.gaze
+    assert gaze.maps is not None
+    logits = student(step.objective.prepare(gaze)).attention[0]
+    target = warp(gaze.maps, gaze.boxes[0], gaze.flips[0], (logits.shape[1], logits.shape[2]))
+    attention = attention_loss(logits, target, kld_weight=1.0, nss_weight=0.1)
+    assert scalars["attention_views"].item() == 1.0
+    (contrast + 3.0 * attention).backward()
+    torch.testing.assert_close(scalars["loss"].detach(), (contrast + 3.0 * attention).detach())
+    for name, weight in student.named_parameters():
+        assert weight.grad is not None
+        torch.testing.assert_close(ours[name], weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_running_statistics_are_those_of_the_images(read_config: Callable[..., Config]) -> None:
+    step, student, batch = prepared(read_config())
+    reference = prepared(read_config())[1]
+    with torch.no_grad():
+        reference(step.objective.prepare(batch.images))
+    step(batch, step=0, backward=Backward(Accelerator(), student))
+    ours, theirs = dict(student.named_buffers()), dict(reference.named_buffers())
+    for name in ours:
+        if name.endswith(("running_mean", "running_var")):
+            assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_a_run_learns_both_and_resumes_bit_equal(read_config: Callable[..., Config], tmp_path: Path) -> None:
+    config = read_config(max_steps=24, attention__stages=[-2, -1], optim__lr=0.003)
+    train(dataclasses.replace(config, run="whole"))
+    with pytest.raises(Requeue):
+        train(dataclasses.replace(config, run="parts", loop=dataclasses.replace(config.loop, stop_after=7)))
+    train(dataclasses.replace(config, run="parts", loop=dataclasses.replace(config.loop, num_workers=2)))
+    same_end(tmp_path / "runs" / "whole", tmp_path / "runs" / "parts")
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "whole" / "metrics.jsonl").open()]
+    for name in ("train/attention", "train/nt_xent"):
+        assert np.mean([line[name] for line in lines[-4:]]) < np.mean([line[name] for line in lines[:4]])
+    assert load_file(tmp_path / "runs" / "whole" / "encoder" / "heads.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "words"),
+    [
+        ({"data__gaze": None}, 1, ["data.gaze", "co-train"]),
+        ({}, 4, ["data.gaze_batch_size 6", "4 ranks"]),
+        ({"data__gaze_batch_size": 24}, 1, ["data.gaze_batch_size 24", "20 samples"]),
+    ],
+)
+def test_gaze_that_cannot_be_used_is_refused(
+    read_config: Callable[..., Config], overrides: dict[str, Any], world_size: int, words: list[str]
+) -> None:
+    with pytest.raises(InputError) as caught:
+        open_gaze(read_config(**overrides), world_size=world_size)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_shards_without_gaze_are_refused(read_config: Callable[..., Config], tiny_sample: TinySample) -> None:
+    with pytest.raises(InputError, match="hold no gaze"):
+        open_gaze(read_config(data__gaze=str(tiny_sample.val)), world_size=1)
