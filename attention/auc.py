@@ -1,6 +1,6 @@
 """Areas under the ROC curve of a map that tells fixated pixels from others: Judd's, Borji's, shuffled.
 
-No loop over maps, fixations or thresholds: values are sorted once per map, and counts at the thresholds are binary
+No loop over fixations or thresholds: the pixels of a map are sorted once, and counts at the thresholds are binary
 searches. Degenerate input: see `attention.metrics`.
 """
 
@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention.fixations import locate
-from attention.maps import as_float
+from attention.blocks import Maps, visit
+from attention.counting import Counter
+from attention.fixations import Located, locate
 
 
 def sort_values(values: Tensor) -> Tensor:
@@ -21,6 +22,11 @@ def sort_values(values: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(values.numpy(), axis=-1))
 
 
+def _finish(area: Tensor, *, defined: Tensor, maps: Maps) -> Tensor:
+    """Chance where there is nothing to tell apart, NaN where the map is broken."""
+    return torch.where(maps.finite, torch.where(defined, area, 0.5), torch.nan)
+
+
 def _area(hits: Tensor, false_alarms: Tensor) -> Tensor:
     """Trapezoids under ROC points `(batch, num_thresholds)`, thresholds falling, (0, 0) and (1, 1) added."""
     hits, false_alarms = (
@@ -30,65 +36,81 @@ def _area(hits: Tensor, false_alarms: Tensor) -> Tensor:
     return torch.trapezoid(hits, false_alarms, dim=1)
 
 
-def _finish(area: Tensor, *, defined: Tensor, prediction: Tensor) -> Tensor:
-    """Chance where there is nothing to tell apart, NaN where the map is broken."""
-    finite = torch.isfinite(prediction.sum(dim=(1, 2)))
-    return torch.where(finite, torch.where(defined, area, 0.5), torch.nan)
-
-
 def _num_at_least(ordered: Tensor, thresholds: Tensor, total: Tensor) -> Tensor:
     return total[:, None] - torch.searchsorted(ordered, thresholds)
 
 
-def _ranks_among_pixels(flat: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """How many pixels of its map are below each value, and how many not above it: two `(batch, num_values)` int64."""
-    if flat.device.type != "cpu":
-        ordered = flat.sort(dim=1).values
-        return torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
-    below, up_to = np.empty(values.shape, dtype=np.int64), np.empty(values.shape, dtype=np.int64)
-    # One buffer, reused: fresh memory for every sorted map costs as much as the sorting.
-    ordered_row = np.empty(flat.shape[1], dtype=flat.numpy().dtype)
-    for row, (pixels, wanted) in enumerate(zip(flat.numpy(), values.numpy(), strict=True)):
-        np.copyto(ordered_row, pixels)
-        ordered_row.sort()
-        below[row], up_to[row] = ordered_row.searchsorted(wanted), ordered_row.searchsorted(wanted, side="right")
-    return torch.from_numpy(below), torch.from_numpy(up_to)
+class Ranks:
+    """Ranks of values among the pixels of their map, or among some of them; a task for `visit`."""
+
+    def __init__(self, maps: Maps, values: Tensor, among: Located | None = None) -> None:
+        """Say what to rank.
+
+        Args:
+            maps: of the pixels.
+            values: `(batch, num_values)`.
+            among: of `locate`, `(batch, num_pixels)` or `(num_pixels,)` each; None for all pixels.
+        """
+        self._maps, self._values, self._among = maps, values, among
+        if maps.flat.device.type == "cpu":
+            self._below, self._up_to = np.zeros((2, *values.shape), dtype=np.int64)
+            self._counter = Counter(maps.num_pixels if among is None else among[0].shape[-1], maps.rows.dtype)
+
+    def visit(self, row: int) -> None:
+        """Look at one map."""
+        pixels = self._maps.rows[row]
+        if self._among is not None:
+            index, usable = (each.numpy() if each.ndim == 1 else each[row].numpy() for each in self._among)
+            pixels = np.where(usable, pixels[index], np.array(np.inf, pixels.dtype))
+        self._below[row], self._up_to[row] = self._counter.ranks(pixels, self._values[row].numpy())
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """How many of the pixels are below each value, and how many not above it: two `(batch, num_values)` int64."""
+        if self._maps.flat.device.type == "cpu":
+            return torch.from_numpy(self._below), torch.from_numpy(self._up_to)
+        pixels = self._maps.flat.detach()
+        if self._among is not None:
+            index, usable = (each.expand(len(pixels), -1) for each in self._among)
+            pixels = torch.where(usable, pixels.gather(1, index), torch.inf)
+        ordered = pixels.sort(dim=1).values
+        return torch.searchsorted(ordered, self._values), torch.searchsorted(ordered, self._values, right=True)
 
 
-class _Fixated:
-    """Values of maps at their fixations, sorted (unusable ones +inf, at the end), and their ranks among all pixels."""
+class Fixated:
+    """Values of maps at their fixations, sorted (unusable ones +inf, at the end), and the areas that follow."""
 
-    def __init__(self, prediction: Tensor, fixations: Tensor, valid: Tensor | None) -> None:
-        self.prediction = as_float(prediction).detach()
-        self.flat = self.prediction.flatten(1)
-        self.index, self.usable = locate(fixations, valid, (prediction.shape[1], prediction.shape[2]))
-        values = self.flat.gather(1, self.index)
-        self.positives = sort_values(torch.where(self.usable, values, torch.inf))
-        self.below, self.up_to = _ranks_among_pixels(self.flat, self.positives)
-        seen, order = torch.where(self.usable, self.index, -1).sort(dim=1)
+    def __init__(self, maps: Maps, fixations: Located) -> None:
+        """Read the values at fixations of `locate`."""
+        index, usable = fixations
+        self.maps = maps
+        values = maps.flat.detach().gather(1, index)
+        self.positives = sort_values(torch.where(usable, values, torch.inf))
+        seen, order = torch.where(usable, index, -1).sort(dim=1)
         first = torch.cat([seen[:, :1] >= 0, (seen[:, 1:] != seen[:, :-1]) & (seen[:, 1:] >= 0)], dim=1)
         self.distinct = sort_values(torch.where(first, values.gather(1, order), torch.inf))
-        self.num_positives, self.num_distinct = self.usable.sum(dim=1), first.sum(dim=1)
+        self.num_positives, self.num_distinct = usable.sum(dim=1), first.sum(dim=1)
 
-    def judd(self, *, unique: bool) -> Tensor:
-        """AUC-Judd, see `auc_judd`."""
-        num_negatives = self.flat.shape[1] - self.num_distinct
-        pixels = self.flat.shape[1] - self.below
+    def judd(self, ranks: Ranks, *, unique: bool = False) -> Tensor:
+        """AUC-Judd out of the ranks among all pixels, see `auc_judd`."""
+        num_negatives = self.maps.num_pixels - self.num_distinct
+        pixels = self.maps.num_pixels - ranks.result()[0]
         false_alarms = pixels - _num_at_least(self.distinct, self.positives, self.num_distinct)
         counted, total = (self.distinct, self.num_distinct) if unique else (self.positives, self.num_positives)
         hits = _num_at_least(counted, self.positives, total)
         rates = [
-            count.flip(1).to(self.flat.dtype) / num.clamp(min=1)[:, None]
+            count.flip(1).to(self.positives.dtype) / num.clamp(min=1)[:, None]
             for count, num in ((hits, total), (false_alarms, num_negatives))
         ]
-        return _finish(_area(*rates), defined=(total > 0) & (num_negatives > 0), prediction=self.prediction)
+        return _finish(_area(*rates), defined=(total > 0) & (num_negatives > 0), maps=self.maps)
 
-    def against_all(self) -> Tensor:
-        """AUC against every pixel, see `auc_borji`."""
-        share = (self.below + self.up_to).to(self.flat.dtype) / (2 * self.flat.shape[1])
+    def against(self, ranks: Ranks, num_others: Tensor | int) -> Tensor:
+        """`P(positive > other) + P(equal) / 2`, the area over all thresholds, out of the ranks among the others."""
+        below, up_to = ranks.result()
+        total = torch.as_tensor(num_others, device=below.device).expand(len(below))[:, None]
+        share = (below + up_to).to(self.positives.dtype) / (2 * total.clamp(min=1))
         real = torch.arange(share.shape[1], device=share.device) < self.num_positives[:, None]
         area = torch.where(real, share, 0).sum(dim=1) / self.num_positives.clamp(min=1)
-        return _finish(area, defined=self.num_positives > 0, prediction=self.prediction)
+        return _finish(area, defined=(self.num_positives > 0) & (total[:, 0] > 0), maps=self.maps)
 
 
 def auc_judd(
@@ -115,21 +137,11 @@ def auc_judd(
 
     Source: Judd, Durand, Torralba 2012; pysaliency's `AUC_Judd(jitter=False)`.
     """
-    return _Fixated(prediction, fixations, valid).judd(unique=unique)
-
-
-def auc_judd_and_borji(prediction: Tensor, fixations: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`auc_judd` and the exact `auc_borji` of the same maps, which are sorted only once."""
-    fixated = _Fixated(prediction, fixations, valid)
-    return fixated.judd(unique=False), fixated.against_all()
-
-
-def _auc_of_values(positives: Tensor, usable: Tensor, negatives: Tensor, negatives_usable: Tensor) -> Tensor:
-    """`P(positive > negative) + P(equal) / 2`, the ROC area over all thresholds: `(batch,)`."""
-    ordered = sort_values(torch.where(negatives_usable, negatives, torch.inf))
-    below = torch.searchsorted(ordered, positives) + torch.searchsorted(ordered, positives, right=True)
-    share = below.to(positives.dtype) / (2 * negatives_usable.sum(dim=1).clamp(min=1))[:, None]
-    return torch.where(usable, share, 0).sum(dim=1) / usable.sum(dim=1).clamp(min=1)
+    maps = Maps(prediction.detach())
+    fixated = Fixated(maps, locate(fixations, valid, maps.size))
+    ranks = Ranks(maps, fixated.positives)
+    visit([ranks], maps)
+    return fixated.judd(ranks, unique=unique)
 
 
 def _auc_on_grid(positives: Tensor, usable: Tensor, negatives: Tensor, negatives_usable: Tensor, step: float) -> Tensor:
@@ -144,17 +156,21 @@ def _auc_on_grid(positives: Tensor, usable: Tensor, negatives: Tensor, negatives
     return _area(*rates)
 
 
-def _auc(
-    prediction: Tensor, index: Tensor, usable: Tensor, negatives: Tensor, negatives_usable: Tensor, step: float | None
-) -> Tensor:
-    """ROC area between the values at two sets of pixels `(batch, num)`."""
-    flat = prediction.flatten(1)
-    if step is not None:
-        low, high = flat.amin(dim=1, keepdim=True), flat.amax(dim=1, keepdim=True)
-        flat = (flat - low) / torch.where(high > low, high - low, 1)
-    arguments = (flat.gather(1, index), usable, flat.gather(1, negatives), negatives_usable)
-    area = _auc_of_values(*arguments) if step is None else _auc_on_grid(*arguments, step)
-    return _finish(area, defined=usable.any(dim=1) & negatives_usable.any(dim=1), prediction=prediction)
+def _auc_between(maps: Maps, fixations: Located, others: Located, step: float | None) -> Tensor:
+    """ROC area between the values at fixated pixels `(batch, num_points)` and at others `(batch, num)` or `(num,)`."""
+    others_usable = others[1].expand(len(maps.flat), -1)
+    if step is None:
+        fixated = Fixated(maps, fixations)
+        ranks = Ranks(maps, fixated.positives, others)
+        visit([ranks], maps)
+        return fixated.against(ranks, others_usable.sum(dim=1))
+    low, high = maps.flat.amin(dim=1, keepdim=True), maps.flat.amax(dim=1, keepdim=True)
+    values, negatives = (
+        (maps.flat.gather(1, index.expand(len(maps.flat), -1)) - low) / torch.where(high > low, high - low, 1)
+        for index in (fixations[0], others[0])
+    )
+    area = _auc_on_grid(values, fixations[1], negatives, others_usable, step)
+    return _finish(area, defined=fixations[1].any(dim=1) & others_usable.any(dim=1), maps=maps)
 
 
 def auc_borji(
@@ -186,19 +202,23 @@ def auc_borji(
 
     Source: Borji, Sihite, Itti 2013; `AUC_Borji` of cvzoya/saliency; pysaliency's `AUC(nonfixations=...)`.
     """
+    maps = Maps(prediction.detach())
+    located = locate(fixations, valid, maps.size)
     if num_splits is None and step is None:
-        return _Fixated(prediction, fixations, valid).against_all()
-    prediction = as_float(prediction).detach()
-    index, usable = locate(fixations, valid, (prediction.shape[1], prediction.shape[2]))
-    num_pixels = prediction.shape[1] * prediction.shape[2]
+        fixated = Fixated(maps, located)
+        ranks = Ranks(maps, fixated.positives)
+        visit([ranks], maps)
+        return fixated.against(ranks, maps.num_pixels)
+    device = prediction.device
     if num_splits is None:
-        negatives = torch.arange(num_pixels, device=prediction.device).expand(len(prediction), -1)
-        return _auc(prediction, index, usable, negatives, torch.ones_like(negatives, dtype=torch.bool), step)
+        negatives = torch.arange(maps.num_pixels, device=device)
+        return _auc_between(maps, located, (negatives, torch.ones_like(negatives, dtype=torch.bool)), step)
     if generator is None:
-        generator = torch.Generator(device=prediction.device).manual_seed(0)
+        generator = torch.Generator(device=device).manual_seed(0)
+    index, usable = located
     shape = (len(prediction), num_splits * index.shape[1])
-    negatives = torch.randint(num_pixels, shape, generator=generator, device=prediction.device)
-    return _auc(prediction, index, usable, negatives, usable.repeat(1, num_splits), step)
+    negatives = torch.randint(maps.num_pixels, shape, generator=generator, device=device)
+    return _auc_between(maps, located, (negatives, usable.repeat(1, num_splits)), step)
 
 
 def auc_shuffled(
@@ -226,11 +246,8 @@ def auc_shuffled(
 
     Source: Zhang et al., SUN, Journal of Vision 2008; pysaliency's `AUC(nonfixations="shuffled")`.
     """
-    prediction = as_float(prediction).detach()
-    size = (prediction.shape[1], prediction.shape[2])
-    index, usable = locate(fixations, valid, size)
-    other, other_usable = locate(negatives, None, size)
-    other, other_usable = (each.expand(len(prediction), -1) for each in (other, other_usable))
+    maps = Maps(prediction.detach())
+    others, others_usable = locate(negatives, None, maps.size)
     if negatives_valid is not None:
-        other_usable = other_usable & negatives_valid
-    return _auc(prediction, index, usable, other, other_usable, step)
+        others_usable = others_usable & negatives_valid
+    return _auc_between(maps, locate(fixations, valid, maps.size), (others, others_usable), step)

@@ -1,20 +1,19 @@
-"""Sums over the pixels of maps, taken in blocks that stay in a CPU's cache.
+"""Maps and sums over their pixels, taken the way that suits the device.
 
-A batch of full-size maps is larger than any cache, and a dozen passes over it spend their time on memory. Block by
-block the same passes run several times faster. On an accelerator, and where a gradient is wanted, one block holds
-everything.
+On a CPU, where no gradient is wanted, that is `attention.rows`. On an accelerator, and where a gradient is wanted, the
+same sums are torch operators over the whole batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attention.maps import as_float
-
-# Above this torch's operators split their work: over blocks this small, threads would only wait for each other.
-ONE_THREAD_ELEMENTS = 32768
+from attention.rows import PRODUCTS, Look, Numbers, SumsOfRow
 
 
 class Maps:
@@ -28,78 +27,130 @@ class Maps:
         self.flat = self.maps.flatten(1)
         self.minmax = minmax
 
-    def blocks(self) -> Iterator[Tensor]:
-        """Yield the pixels `(batch, block)`, the same split for all maps of one shape and kind."""
-        if self.flat.device.type != "cpu" or torch.is_grad_enabled():
-            return iter([self.flat])
-        elements = ONE_THREAD_ELEMENTS * (2 if torch.get_num_threads() == 1 else 1)
-        return iter(self.flat.split(max(1, elements // max(len(self.flat), 1)), dim=1))
+    @property
+    def in_blocks(self) -> bool:
+        """Whether these maps are read block by block."""
+        return self.flat.device.type == "cpu" and not (torch.is_grad_enabled() and self.flat.requires_grad)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """The maps as numpy sees them: `(batch, pixels)`."""
+        return self.flat.detach().contiguous().numpy()
+
+    @cached_property
+    def _looks(self) -> dict[int, Look]:
+        return {}
+
+    def numbers(self, row: int) -> Numbers:
+        """What the pixels of one map are centred and scaled with."""
+        if row not in self._looks:
+            self._looks[row] = Look.at(self.rows[row])
+        return Numbers.of(self._looks[row], num_pixels=self.num_pixels, minmax=self.minmax)
 
     @cached_property
     def _summary(self) -> tuple[Tensor, Tensor, Tensor]:
-        parts = [(block.amin(dim=1), block.amax(dim=1), block.sum(dim=1)) for block in self.blocks()]
-        low, high, total = (torch.stack(each, dim=1) for each in zip(*parts, strict=True))
-        return low.amin(dim=1), high.amax(dim=1), total.sum(dim=1, dtype=torch.float64)
+        """Least value, sum (float64) and whether all values are one, of each map: `(batch,)`."""
+        if not self.in_blocks:
+            low = self.flat.amin(dim=1)
+            return low, self.flat.sum(dim=1, dtype=torch.float64), low == self.flat.amax(dim=1)
+        for row in range(len(self.flat)):
+            self.numbers(row)
+        looks = torch.tensor([self._looks[row] for row in range(len(self.flat))], dtype=torch.float64).view(-1, 3)
+        return looks[:, 0].to(self.flat), looks[:, 1], looks[:, 2].bool()
 
     @property
     def finite(self) -> Tensor:
         """Which maps have a finite sum: `(batch,)` bool."""
-        return torch.isfinite(self._summary[2])
+        return torch.isfinite(self._summary[1])
 
     @property
     def constant(self) -> Tensor:
         """Which maps hold one value, told by the values, as the spread of a constant is rounding noise: `(batch,)`."""
-        return self._summary[0] == self._summary[1]
+        return self._summary[2]
 
     @cached_property
     def mean(self) -> Tensor:
-        """Mean of each map: `(batch, 1)`."""
-        return (self._summary[2] / self.num_pixels).to(self.flat)[:, None]
+        """Mean of each map: `(batch, 1)` float64."""
+        return self._summary[1][:, None] / self.num_pixels
 
     @cached_property
-    def _scaling(self) -> tuple[Tensor, Tensor, bool]:
-        low, _, total = self._summary
-        shift = -low if self.minmax else -low.clamp(max=0)
-        total = total + shift.double() * self.num_pixels
+    def scaling(self) -> tuple[Tensor, Tensor]:
+        """What makes a density of a map, `(m + shift) * scale`: two `(batch, 1)` float64."""
+        low, total, _ = self._summary
+        shift = -(low if self.minmax else low.clamp(max=0)).double()
+        total = total + shift * self.num_pixels
         empty = total == 0
         shift, total = torch.where(empty, shift + 1, shift), torch.where(empty, self.num_pixels, total)
-        shifts = shift.device.type != "cpu" or torch.is_grad_enabled() or bool(shift.any())
-        return shift[:, None], total.reciprocal().to(self.flat)[:, None], shifts
+        return shift[:, None], total.reciprocal()[:, None]
 
     def density(self, values: Tensor) -> Tensor:
         """Turn some of the maps' values `(batch, any)` into densities, as `to_density` except that NaN stays NaN."""
-        shift, scale, shifts = self._scaling
-        return ((values + shift) if shifts else values) * scale
+        shift, scale = (each.to(values) for each in self.scaling)
+        return (values + shift) * scale
 
 
-class Block:
-    """The pixels of one block of maps, as densities and centred, each computed once."""
+class Task(Protocol):
+    """Something to be found in the pixels of maps."""
 
-    def __init__(self, maps: Maps, values: Tensor) -> None:
-        self._maps, self._values = maps, values
-
-    @cached_property
-    def density(self) -> Tensor:
-        return self._maps.density(self._values)
-
-    @cached_property
-    def centred(self) -> Tensor:
-        return self._values - self._maps.mean
+    def visit(self, row: int) -> None:
+        """Look at one map."""
 
 
-def block_sums(terms: Sequence[Callable[..., Tensor]], *maps: Maps) -> list[Tensor]:
-    """Sum each of several terms over all blocks.
+def visit(tasks: Sequence[Task], maps: Maps) -> None:
+    """Let tasks look at map after map on a CPU: all at one, which is then in the cache, before the next."""
+    if maps.flat.device.type == "cpu":
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            for row in range(len(maps.flat)):
+                for task in tasks:
+                    task.visit(row)
 
-    Args:
-        terms: each takes one `Block` of every one of `maps` and returns that block's share of a sum, `(batch,)`.
-        maps: all of one shape.
 
-    Returns:
-        Per term `(batch,)` float64.
-    """
-    shares: list[list[Tensor]] = [[] for _ in terms]
-    for values in zip(*(each.blocks() for each in maps), strict=True):
-        blocks = [Block(each, block) for each, block in zip(maps, values, strict=True)]
-        for share, term in zip(shares, terms, strict=True):
-            share.append(term(*blocks))
-    return [torch.stack(share, dim=1).sum(dim=1, dtype=torch.float64) for share in shares]
+class PixelSums:
+    """Sums over the pixels of maps; a task for `visit`."""
+
+    def __init__(self, names: Sequence[str], *maps: Maps, eps: float = 0.0) -> None:
+        """Say what to sum.
+
+        Args:
+            names: `square`, of the first centred map; `target_square`, of the second; `product` of both; `overlap`, the
+                lesser of the two densities `p` and `q`; `divergence`, `q * log(eps + q / (p + eps))`.
+            maps: one or two, of one shape and type.
+            eps: of the divergence.
+        """
+        self._names, self._maps, self._eps = names, maps, eps
+        self._of_row = SumsOfRow(names, eps=eps, dtype=maps[0].rows.dtype) if self._in_blocks else None
+        self._sums: list[list[float]] = []
+
+    @property
+    def _in_blocks(self) -> bool:
+        return all(each.in_blocks for each in self._maps)
+
+    def visit(self, row: int) -> None:
+        """Look at one map; the maps come in their order."""
+        if self._of_row is not None:
+            numbers = [each.numbers(row) for each in self._maps]
+            self._sums.append(self._of_row([each.rows[row] for each in self._maps], numbers))
+
+    def result(self) -> list[Tensor]:
+        """Return per name `(batch,)` float64."""
+        if self._of_row is not None:
+            return list(torch.tensor(self._sums, dtype=torch.float64).view(-1, len(self._names)).unbind(dim=1))
+        centred = [each.flat - each.mean.to(each.flat) for each in self._maps]
+        density = [each.density(each.flat) for each in self._maps]
+        return [self._of_batch(name, centred, density).double() for name in self._names]
+
+    def _of_batch(self, name: str, centred: Sequence[Tensor], density: Sequence[Tensor]) -> Tensor:
+        if name in PRODUCTS:
+            first, second = PRODUCTS[name]
+            return torch.linalg.vecdot(centred[first], centred[second])
+        prediction, target = density
+        if name == "overlap":
+            return torch.minimum(prediction, target).sum(dim=1)
+        return torch.linalg.vecdot(target, (target / (prediction + self._eps) + self._eps).log())
+
+
+def pixel_sums(names: Sequence[str], *maps: Maps, eps: float = 0.0) -> list[Tensor]:
+    """`PixelSums` with nothing beside them: per name `(batch,)` float64."""
+    sums = PixelSums(names, *maps, eps=eps)
+    visit([sums], maps[0])
+    return sums.result()

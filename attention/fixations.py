@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Located = tuple[Tensor, Tensor]
+"""Flat pixel index and which points count, as `locate` gives them."""
+
 
 def pad_fixations(
     points: Sequence[np.ndarray], *, size: tuple[int, int] | None = None, grid: tuple[int, int] | None = None
@@ -57,7 +60,7 @@ def fixations_from_maps(counts: Tensor) -> tuple[Tensor, Tensor]:
     return points, torch.arange(longest, device=counts.device) < totals[:, None]
 
 
-def locate(points: Tensor, valid: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def locate(points: Tensor, valid: Tensor | None, size: tuple[int, int]) -> Located:
     """Find the pixel of each point.
 
     Args:

@@ -11,15 +11,14 @@ Answers where a formula has none, for every metric here and in `auc`, `ranks` an
 * NaN or infinity in a map: NaN for that map, and for no other of the batch.
 """
 
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from attention.auc import auc_borji, auc_judd, auc_judd_and_borji, auc_shuffled
-from attention.blocks import Block, Maps, block_sums
-from attention.fixations import locate
+from attention.auc import Fixated, Ranks, auc_borji, auc_judd, auc_shuffled
+from attention.blocks import Maps, PixelSums, pixel_sums, visit
+from attention.fixations import Located, locate
 from attention.maps import check_pair
 from attention.ranks import spearman
 from attention.transport import emd
@@ -40,12 +39,10 @@ __all__ = [
 
 # The constant of the MATLAB reference (its `eps`), and so of the MIT/Tuebingen benchmark.
 MATLAB_EPS = 2.2204e-16
-# On a CPU: few enough maps for the cache, enough to pay for the calls.
-ROWS_AT_ONCE = 8
 
 
 def _nan_where_broken(values: Tensor, *maps: Maps) -> Tensor:
-    finite = torch.stack([each.finite for each in maps]).all(dim=0)
+    finite = torch.stack([each.finite.expand(len(values)) for each in maps]).all(dim=0)
     return torch.where(finite, values, torch.nan).to(maps[0].flat.dtype)
 
 
@@ -58,26 +55,10 @@ def _pair(prediction: Tensor, target: Tensor, *, minmax: bool = False) -> tuple[
     return Maps(prediction, minmax=minmax), Maps(target, minmax=minmax)
 
 
-def _square(block: Block) -> Tensor:
-    return torch.linalg.vecdot(block.centred, block.centred)
-
-
-def _product(prediction: Block, target: Block) -> Tensor:
-    return torch.linalg.vecdot(prediction.centred, target.centred)
-
-
-def _overlap(prediction: Block, target: Block) -> Tensor:
-    return torch.minimum(prediction.density, target.density).sum(dim=1)
-
-
-def _divergence(prediction: Block, target: Block, *, eps: float = MATLAB_EPS) -> Tensor:
-    return torch.linalg.vecdot(target.density, (target.density / (prediction.density + eps)).add_(eps).log())
-
-
-def _nss(maps: Maps, square: Tensor, fixations: Tensor, valid: Tensor | None, ddof: int) -> Tensor:
-    index, usable = locate(fixations, valid, maps.size)
+def _nss(maps: Maps, square: Tensor, fixations: Located, ddof: int) -> Tensor:
+    index, usable = fixations
     deviation = (torch.where(maps.constant, 1, square) / max(maps.num_pixels - ddof, 1)).sqrt()
-    score = _mean_where(maps.flat.gather(1, index) - maps.mean, usable) / deviation
+    score = _mean_where(maps.flat.gather(1, index).double() - maps.mean, usable) / deviation
     return _nan_where_broken(torch.where(maps.constant, 0, score), maps)
 
 
@@ -88,12 +69,11 @@ def _cc(prediction: Maps, target: Maps, squares: tuple[Tensor, Tensor], product:
     return _nan_where_broken(torch.where(constant, 0, product / first / second), prediction, target)
 
 
-def _gain(prediction: Maps, baseline: Maps, fixations: Tensor, valid: Tensor | None, eps: float) -> Tensor:
-    index, usable = locate(fixations, valid, prediction.size)
-    p, b = (each.density(each.flat.expand(len(index), -1).gather(1, index)) for each in (prediction, baseline))
+def _gain(prediction: Maps, baseline: Maps, fixations: Located, eps: float) -> Tensor:
+    index, usable = fixations
+    p, b = (each.density(each.flat.expand(len(index), -1).gather(1, index).double()) for each in (prediction, baseline))
     score = _mean_where(torch.log2(eps + p) - torch.log2(eps + b), usable)
-    finite = prediction.finite & baseline.finite
-    return torch.where(finite, score, torch.nan)
+    return _nan_where_broken(score, prediction, baseline)
 
 
 def _baseline(prediction: Tensor, baseline: Tensor) -> Maps:
@@ -117,7 +97,7 @@ def nss(prediction: Tensor, fixations: Tensor, valid: Tensor | None = None, *, d
     Source: Peters, Iyer, Itti, Koch, Vision Research 2005; pysaliency's `NSS`.
     """
     maps = Maps(prediction)
-    return _nss(maps, block_sums([_square], maps)[0], fixations, valid, ddof)
+    return _nss(maps, pixel_sums(["square"], maps)[0], locate(fixations, valid, maps.size), ddof)
 
 
 def kld(prediction: Tensor, target: Tensor, *, eps: float = MATLAB_EPS) -> Tensor:
@@ -138,7 +118,7 @@ def kld(prediction: Tensor, target: Tensor, *, eps: float = MATLAB_EPS) -> Tenso
     Source: the MIT/Tuebingen benchmark (cvzoya/saliency); pysaliency's `MIT_KLDiv`.
     """
     pair = _pair(prediction, target)
-    return _nan_where_broken(block_sums([partial(_divergence, eps=eps)], *pair)[0], *pair)
+    return _nan_where_broken(pixel_sums(["divergence"], *pair, eps=eps)[0], *pair)
 
 
 def cc(prediction: Tensor, target: Tensor) -> Tensor:
@@ -157,7 +137,7 @@ def cc(prediction: Tensor, target: Tensor) -> Tensor:
     Source: pysaliency's `CC` (which gives NaN where both maps are constant).
     """
     pair = _pair(prediction, target)
-    first, second, product = block_sums([lambda p, _: _square(p), lambda _, q: _square(q), _product], *pair)
+    first, second, product = pixel_sums(["square", "target_square", "product"], *pair)
     return _cc(*pair, (first, second), product)
 
 
@@ -178,7 +158,7 @@ def sim(prediction: Tensor, target: Tensor, *, minmax: bool = False) -> Tensor:
     Source: Judd, Durand, Torralba 2012; pysaliency's `SIM`.
     """
     pair = _pair(prediction, target, minmax=minmax)
-    return _nan_where_broken(block_sums([_overlap], *pair)[0], *pair)
+    return _nan_where_broken(pixel_sums(["overlap"], *pair)[0], *pair)
 
 
 def information_gain(
@@ -201,60 +181,56 @@ def information_gain(
 
     Source: Kuemmerer, Wallis, Bethge, PNAS 2015; pysaliency's `information_gain`.
     """
-    return _gain(Maps(prediction), _baseline(prediction, baseline), fixations, valid, eps)
+    maps = Maps(prediction)
+    return _gain(maps, _baseline(prediction, baseline), locate(fixations, valid, maps.size), eps)
 
 
-@dataclass(frozen=True)
-class _Material:
-    """What a batch of maps is scored with; see `evaluate_maps`."""
+class _MapScores:
+    """What a human map allows; `tasks` are to be visited before `results`."""
 
-    prediction: Tensor
-    target: Tensor | None
-    fixations: Tensor | None
-    valid: Tensor | None
-    baseline: Tensor | None
-    negatives: Tensor | None
-    negatives_valid: Tensor | None
+    def __init__(self, prediction: Tensor, target: Tensor, *, minmax: bool) -> None:
+        self.pair = _pair(prediction, target)
+        names = ["square", "target_square", "product", "divergence", *([] if minmax else ["overlap"])]
+        self.names, self.minmax = names, minmax
+        self.tasks = [PixelSums(names, *self.pair, eps=MATLAB_EPS)]
+        if minmax:
+            self.tasks.append(PixelSums(["overlap"], *_pair(prediction, target, minmax=True)))
 
-    def rows(self, rows: slice) -> "_Material":
-        """Return a part of the batch; what serves all maps alike is kept whole."""
-        shared = {"negatives": 2, "negatives_valid": 1, "baseline": 2}
-        parts: dict[str, Tensor | None] = {}
-        for name, value in vars(self).items():
-            whole = value is None or value.ndim == shared.get(name) or len(value) != len(self.prediction)
-            parts[name] = value if whole else value[rows]
-        return _Material(**parts)  # type: ignore[arg-type]
+    @cached_property
+    def sums(self) -> dict[str, Tensor]:
+        values = [value for task in self.tasks for value in task.result()]
+        return dict(zip([*self.names, *(["overlap"] if self.minmax else [])], values, strict=True))
+
+    def results(self) -> dict[str, Tensor]:
+        return {
+            "kld": _nan_where_broken(self.sums["divergence"], *self.pair),
+            "cc": _cc(*self.pair, (self.sums["square"], self.sums["target_square"]), self.sums["product"]),
+            "sim_minmax" if self.minmax else "sim": _nan_where_broken(self.sums["overlap"], *self.pair),
+        }
 
 
-def _score(given: _Material, nss_ddof: int, sim_minmax: bool) -> dict[str, Tensor]:
-    """Every metric of a batch, its pixels read once for the sums and sorted once for the AUCs."""
-    results: dict[str, Tensor] = {}
-    maps = Maps(given.prediction)
-    if given.target is not None:
-        maps, human = _pair(given.prediction, given.target)
-        terms = [lambda p, _: _square(p), lambda _, q: _square(q), _product, _divergence, _overlap]
-        square, other, product, divergence, overlap = block_sums(terms, maps, human)
-        results["kld"] = _nan_where_broken(divergence, maps, human)
-        results["cc"] = _cc(maps, human, (square, other), product)
-        if sim_minmax:
-            results["sim_minmax"] = sim(given.prediction, given.target, minmax=True)
-        else:
-            results["sim"] = _nan_where_broken(overlap, maps, human)
-    elif given.fixations is not None:
-        square = block_sums([_square], maps)[0]
-    if given.fixations is None:
-        return results
-    fixations, valid = given.fixations, given.valid
-    results["nss" if nss_ddof == 0 else f"nss_ddof{nss_ddof}"] = _nss(maps, square, fixations, valid, nss_ddof)
-    results["auc_judd"], results["auc_borji"] = auc_judd_and_borji(given.prediction, fixations, valid)
-    if given.negatives is not None:
-        results["auc_shuffled"] = auc_shuffled(
-            given.prediction, fixations, valid, negatives=given.negatives, negatives_valid=given.negatives_valid
-        )
-    if given.baseline is not None:
-        prior = _baseline(given.prediction, given.baseline)
-        results["information_gain"] = _gain(maps, prior, fixations, valid, MATLAB_EPS)
-    return results | {"num_fixations": locate(fixations, valid, maps.size)[1].sum(dim=1)}
+class _GazeScores:
+    """What fixations allow; `tasks` are to be visited before `results`."""
+
+    def __init__(self, maps: Maps, fixations: Located, *, negatives: Located | None, baseline: Maps | None) -> None:
+        self.maps, self.fixations, self.baseline = maps, fixations, baseline
+        self.fixated = Fixated(maps, fixations)
+        self.tasks = [Ranks(maps, self.fixated.positives)]
+        if negatives is not None:
+            self.tasks.append(Ranks(maps, self.fixated.positives, negatives))
+            self.num_negatives = negatives[1].expand(len(maps.flat), -1).sum(dim=1)
+
+    def results(self, square: Tensor, ddof: int) -> dict[str, Tensor]:
+        results = {
+            "nss" if ddof == 0 else f"nss_ddof{ddof}": _nss(self.maps, square, self.fixations, ddof),
+            "auc_judd": self.fixated.judd(self.tasks[0]),
+            "auc_borji": self.fixated.against(self.tasks[0], self.maps.num_pixels),
+        }
+        if len(self.tasks) > 1:
+            results["auc_shuffled"] = self.fixated.against(self.tasks[1], self.num_negatives)
+        if self.baseline is not None:
+            results["information_gain"] = _gain(self.maps, self.baseline, self.fixations, MATLAB_EPS)
+        return results | {"num_fixations": self.fixations[1].sum(dim=1)}
 
 
 def evaluate_maps(
@@ -291,9 +267,19 @@ def evaluate_maps(
     """
     if target is None and fixations is None:
         raise ValueError("evaluate_maps needs target maps or fixations")
-    given = _Material(prediction, target, fixations, valid, baseline, negatives, negatives_valid)
-    num_rows = ROWS_AT_ONCE if prediction.device.type == "cpu" else len(prediction)
     with torch.no_grad():
-        starts = range(0, max(len(prediction), 1), max(num_rows, 1))
-        parts = [_score(given.rows(slice(start, start + num_rows)), nss_ddof, sim_minmax) for start in starts]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        human = None if target is None else _MapScores(prediction, target, minmax=sim_minmax)
+        maps = Maps(prediction) if human is None else human.pair[0]
+        gaze = None
+        if fixations is not None:
+            others = None if negatives is None else locate(negatives, None, maps.size)
+            if others is not None and negatives_valid is not None:
+                others = (others[0], others[1] & negatives_valid)
+            prior = None if baseline is None else _baseline(prediction, baseline)
+            gaze = _GazeScores(maps, locate(fixations, valid, maps.size), negatives=others, baseline=prior)
+        square = PixelSums(["square"], maps)
+        visit([*([square] if human is None else human.tasks), *([] if gaze is None else gaze.tasks)], maps)
+        results = {} if human is None else human.results()
+        if gaze is None:
+            return results
+        return results | gaze.results(square.result()[0] if human is None else human.sums["square"], nss_ddof)

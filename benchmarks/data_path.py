@@ -2,10 +2,17 @@
 
     python benchmarks/data_path.py --source FOLDER        FOLDER holds osie/ and imagenette128/
 
-One process, one thread, processor time, by turns in one run. On OSIE's stimuli resized to 500x375 (quality 90) and on
-Imagenette's 128x128 files as they are; views of 224 and 128 pixels. "worker" ends at two uint8 crops with their label
-map, as a data-loader worker hands them on; "all in" adds the colours and normalisation, done on the same core.
-Bytes read from a cold page cache: benchmarks/cold_reads.py.
+One process, one thread, processor time, by turns in one run; results are dropped as they come, as a training step
+drops its batch. On OSIE's stimuli resized to 500x375 (quality 90), views of 224 pixels with SimCLR's augmentations;
+and on Imagenette's 128x128 files as they are, with view size and augmentations of configs/pretrain/imagenette.yaml
+(64 pixels) and, as `imagenette_128`, with views of 128 pixels and SimCLR's. "worker" ends at two uint8 crops with
+their label map, as a data-loader worker hands them on; "all in" adds the colours and normalisation, done on the same
+core. "decode" is simplejpeg alone on the JPEG, as it is called by default. "limit" is what our worker cannot leave
+out: simplejpeg as the worker calls it (into memory that it keeps, colours repeated, not interpolated), two bare
+OpenCV resizes with the worker's crops and kernels, and the decode of the map's PNG; files are in memory, nothing is
+drawn, checked, flipped or counted. "without_map" leaves the maps out of both. Maps are an image's own low-pass
+contrast, about as large as a teacher's: one map for all would teach the processor its branches. Bytes read from a
+cold page cache: benchmarks/cold_reads.py.
 """
 
 import argparse
@@ -13,7 +20,8 @@ import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -21,6 +29,7 @@ import numpy as np
 import simplejpeg
 import torch
 import webdataset
+import yaml
 from common import environment, ratio_of_pairs, report, time_pairs
 from lightly.transforms import SimCLRTransform
 from PIL import Image
@@ -28,20 +37,50 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from attention.maps import fixation_density
 from pretrain.augment import recolour
 from pretrain.config import ViewsConfig
 from pretrain.data import ViewDataset
+from pretrain.views import draw_views, resize_kernel
+from shards.decode import Scratch
 from shards.labels import encode_label, label_directory, seal_labels, write_label_shard
 from shards.pack import pack
 from shards.reader import ShardSet
 from shards.sources.image_folder import ImageFolder as FolderSource
 
+RECIPE = Path(__file__).resolve().parent.parent / "configs" / "pretrain" / "imagenette.yaml"
+QUESTIONS = (
+    ("worker", "lightly"),
+    ("worker", "decode"),
+    ("worker", "limit"),
+    ("limit", "decode"),
+    ("worker_without_map", "decode"),
+    ("limit_without_map", "decode"),
+    ("all_in", "lightly"),
+    ("all_in", "webdataset_torchvision"),
+)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def prepare(images: list[bytes], folder: Path) -> tuple[Path, Path, Path]:
-    """An image folder, its shards and labels for them."""
+@dataclass(frozen=True)
+class Case:
+    """Images, and what is made of them."""
+
+    images: list[bytes]
+    size: int
+    views: ViewsConfig
+    batch: int = 64
+
+
+def label_map(image: bytes) -> bytes:
+    """PNG of a map about as rough as a teacher's, from the contrast of the image."""
+    grey = simplejpeg.decode_jpeg(image, colorspace="GRAY")[..., 0]
+    small = cv2.resize(grey, (56, 56), interpolation=cv2.INTER_AREA).astype(np.float32)
+    contrast = np.abs(small - cv2.GaussianBlur(small, (0, 0), 5))
+    return encode_label(cv2.GaussianBlur(contrast, (0, 0), 2.5) + 1e-3)
+
+
+def prepare(images: list[bytes], folder: Path) -> tuple[Path, ShardSet]:
+    """An image folder, and its shards with labels."""
     for number, data in enumerate(images):
         file = folder / "images" / f"class{number % 2}" / f"{number:05d}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -49,61 +88,103 @@ def prepare(images: list[bytes], folder: Path) -> tuple[Path, Path, Path]:
     pack(FolderSource(folder / "images"), folder / "shards", workers=1)
     shards = ShardSet(folder / "shards")
     labels = label_directory(folder / "labels", "0" * 16)
-    density = fixation_density([[40, 60]], size=(100, 100), sigma=12, grid=(56, 56))
-    for shard in range(len(shards.shard_sizes)):
-        write_label_shard(labels, shards, shard, [(key, encode_label(density)) for key in shards.keys(shard)])
+    for shard, count in enumerate(shards.shard_sizes.tolist()):
+        read = [shards.read(shard, row) for row in range(count)]
+        write_label_shard(labels, shards, shard, [(sample.key, label_map(sample.image)) for sample in read])
     seal_labels(labels, shards, teacher={"hash": "0" * 16}, settings={"size": [56, 56]})
-    return folder / "images", folder / "shards", labels
+    return folder / "images", ShardSet(folder / "shards", labels=labels)
 
 
-def contenders(images: list[bytes], folder: Path, *, size: int, batch: int) -> dict[str, Callable[[], object]]:
-    """Functions that each bring all images through once."""
-    image_folder, shards, labels = prepare(images, folder)
-    dataset = ViewDataset(
-        ShardSet(shards, labels=labels), views=ViewsConfig(), num_views=2, image_size=size, seed=0, map_size=56
-    )
-    sizes = dataset.shards.shard_sizes.tolist()
-    rows = [(0, shard, row) for shard, count in enumerate(sizes) for row in range(count)]
-    groups = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+def ours(case: Case, shards: ShardSet) -> dict[str, Callable[[], object]]:
+    """The worker's side, with and without maps, and all of it."""
+
+    def make(shard_set: ShardSet, map_size: int) -> ViewDataset:
+        return ViewDataset(shard_set, views=case.views, num_views=2, image_size=case.size, seed=0, map_size=map_size)
+
+    dataset, without = make(shards, 56), make(ShardSet(shards.root), 0)
+    rows = [(0, shard, row) for shard, count in enumerate(shards.shard_sizes.tolist()) for row in range(count)]
+    groups = [rows[i : i + case.batch] for i in range(0, len(rows), case.batch)]
 
     def all_in() -> None:
         for group in groups:
             views = dataset.__getitems__(group)
             recolour(views.images.flatten(0, 1), views.colours.flatten(0, 1), mean=MEAN, std=STD)
 
-    lightly = ImageFolder(str(image_folder), transform=SimCLRTransform(input_size=size))
-    jitter = v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8)
-    blur = v2.RandomApply([v2.GaussianBlur(size // 10 | 1, (0.1, 2.0))], p=0.5)
-    view = v2.Compose(
-        [
-            v2.RandomResizedCrop(size, (0.08, 1), antialias=True),
-            v2.RandomHorizontalFlip(),
-            jitter,
-            v2.RandomGrayscale(0.2),
-            blur,
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-        ]
+    return {
+        "worker": lambda: drop(dataset.__getitems__(group) for group in groups),
+        "worker_without_map": lambda: drop(without.__getitems__(group) for group in groups),
+        "all_in": all_in,
+    }
+
+
+def limits(case: Case) -> dict[str, Callable[[], object]]:
+    """Decoding alone, and decoding with the least that two views and a map take."""
+    sizes = [simplejpeg.decode_jpeg_header(image)[:2] for image in case.images]
+    count = len(sizes)
+    drawn = draw_views(case.views, seed=0, epochs=[0] * count, samples=range(count), sizes=sizes, num_views=2)
+    crops = drawn.crops.swapaxes(0, 1).tolist()
+    pngs = [np.frombuffer(label_map(image), dtype=np.uint8) for image in case.images]
+    out = np.empty((case.size, case.size, 3), dtype=np.uint8)
+    memory = Scratch().take(3 * max(height * width for height, width in sizes))
+
+    def two_resizes(image: np.ndarray, two: list[list[int]]) -> None:
+        for top, left, tall, wide in two:
+            part = image[top : top + tall, left : left + wide]
+            kernel = resize_kernel(min(tall, wide) / case.size)
+            cv2.resize(part, (case.size, case.size), dst=out, interpolation=kernel)
+
+    def limit(maps: bool) -> None:
+        for data, two, png in zip(case.images, crops, pngs, strict=True):
+            two_resizes(simplejpeg.decode_jpeg(data, fastupsample=True, buffer=memory), two)
+            if maps:
+                cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
+
+    return {
+        "decode": lambda: drop(simplejpeg.decode_jpeg(data) for data in case.images),
+        "limit": lambda: limit(True),
+        "limit_without_map": lambda: limit(False),
+    }
+
+
+def theirs(case: Case, image_folder: Path, shards: Path) -> dict[str, Callable[[], object]]:
+    """lightly's transform and torchvision's behind webdataset, with the same strengths."""
+    views, size = case.views, case.size
+    lightly = SimCLRTransform(
+        input_size=size, cj_strength=views.jitter, min_scale=views.min_area, gaussian_blur=views.blur
     )
+    s = views.jitter
+    steps = [
+        v2.RandomResizedCrop(size, (views.min_area, 1), antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], p=0.8),
+        v2.RandomGrayscale(views.grey),
+        v2.RandomApply([v2.GaussianBlur(size // 10 | 1, (0.1, 2.0))], p=views.blur),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(MEAN, STD),
+    ]
+    view = v2.Compose(steps)
 
     def two_views(sample: dict[str, bytes]) -> tuple[torch.Tensor, torch.Tensor]:
         image = v2.functional.pil_to_tensor(Image.open(io.BytesIO(sample["jpg"])).convert("RGB"))
         return view(image), view(image)
 
     tars = [str(path) for path in sorted(shards.glob("*.tar"))]
+    folder = ImageFolder(str(image_folder), transform=lightly)
 
     def stock() -> None:
-        pipeline = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).map(two_views).batched(batch)
-        for _ in pipeline:
-            pass
+        tar_samples = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
+        drop(tar_samples.map(two_views).batched(case.batch))
 
     return {
-        "worker": lambda: [dataset.__getitems__(group) for group in groups],
-        "all_in": all_in,
-        "lightly": lambda: [None for _ in DataLoader(lightly, batch_size=batch)],
+        "lightly": lambda: drop(DataLoader(folder, batch_size=case.batch)),
         "webdataset_torchvision": stock,
-        "decode": lambda: [simplejpeg.decode_jpeg(data) for data in images],
     }
+
+
+def drop(results: Iterable[object]) -> None:
+    """Go through results without keeping any."""
+    for _ in results:
+        pass
 
 
 def osie_like(source: Path, count: int) -> list[bytes]:
@@ -116,23 +197,34 @@ def osie_like(source: Path, count: int) -> list[bytes]:
     return (encoded * (count // len(encoded) + 1))[:count]
 
 
-def measure(functions: dict[str, Callable[[], object]], *, num_images: int, pairs: int) -> dict[str, float]:
+def measure(
+    functions: dict[str, Callable[[], object]], questions: Sequence[tuple[str, str]], *, num_images: int, pairs: int
+) -> dict[str, float]:
     """Ratios from pairs, and images/s of each contender."""
     figures: dict[str, float] = {}
-    questions = (
-        ("worker", "lightly"), ("worker", "decode"), ("all_in", "lightly"), ("all_in", "webdataset_torchvision"),
-    )  # fmt: skip
     rates: dict[str, list[float]] = {}
-    for ours, theirs in questions:
-        taken = time_pairs(functions[ours], functions[theirs], num_pairs=pairs, clock=time.process_time)
-        figures[f"{ours}_vs_{theirs}"] = ratio_of_pairs(*taken)
-        for name, seconds in zip((ours, theirs), taken, strict=True):
+    for one, other in questions:
+        taken = time_pairs(functions[one], functions[other], num_pairs=pairs, clock=time.process_time)
+        figures[f"{one}_vs_{other}"] = ratio_of_pairs(*taken)
+        for name, seconds in zip((one, other), taken, strict=True):
             rates.setdefault(name, []).extend(num_images / s for s in seconds)
     return figures | {f"{name}_images_per_s": statistics.median(values) for name, values in rates.items()}
 
 
+def cases(source: Path, count: int) -> dict[str, Case]:
+    """What is measured, by the prefix of its figures."""
+    files = sorted((source / "imagenette128" / "train").rglob("*.*"))
+    nette = [files[i].read_bytes() for i in np.linspace(0, len(files) - 1, count).astype(int)]
+    recipe = yaml.safe_load(RECIPE.read_text())
+    return {
+        "": Case(osie_like(source, count), 224, ViewsConfig()),
+        "imagenette_": Case(nette, recipe["data"]["image_size"], ViewsConfig(**recipe["views"])),
+        "imagenette_128_": Case(nette, 128, ViewsConfig()),
+    }
+
+
 def main() -> None:
-    """Measure both sets and write the results."""
+    """Measure all cases and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="folder with osie/ and imagenette128/")
     parser.add_argument("--images", type=int, default=256, help="images per pass")
@@ -141,16 +233,11 @@ def main() -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     figures: dict[str, float] = {}
-    nette = sorted((options.source / "imagenette128" / "train").rglob("*.*"))
-    chosen = [nette[i] for i in np.linspace(0, len(nette) - 1, options.images).astype(int)]
-    sets = {
-        "": (osie_like(options.source, options.images), 224),
-        "imagenette_": ([p.read_bytes() for p in chosen], 128),
-    }
-    for prefix, (images, size) in sets.items():
+    for prefix, case in cases(options.source, options.images).items():
         with tempfile.TemporaryDirectory() as folder:
-            functions = contenders(images, Path(folder), size=size, batch=64)
-            found = measure(functions, num_images=len(images), pairs=options.pairs)
+            image_folder, shards = prepare(case.images, Path(folder))
+            functions = ours(case, shards) | limits(case) | theirs(case, image_folder, Path(folder) / "shards")
+            found = measure(functions, QUESTIONS, num_images=options.images, pairs=options.pairs)
             figures |= {prefix + name: value for name, value in found.items()}
     report(
         "data_path",

@@ -68,6 +68,43 @@ class ImageConfig:
 
 
 @dataclass
+class VqaConfig:
+    """Visual question answering; image size, channels, encoder and masks are those of `image`."""
+
+    version: Literal["v1", "v2"] = "v2"
+    """Release of the VQA data set: which question and annotation files of data.path are read."""
+    images: Path | None = None
+    """Folder that holds train2014/ and val2014/ with COCO's images; null takes data.path."""
+    features: Path | None = None
+    """Folder of ready feature maps: <subset>.npy `(images, channels, height, width)` and <subset>.ids.npy, the image
+    number of each row; null computes them with `image.encoder`, or trains a small network."""
+    weights: str | None = None
+    """For image.encoder timm:NAME: its file of weights; null leaves them random."""
+    cache: Path = Path("data/features")
+    """Folder in which an encoder's feature maps are kept, float16, for every run that needs the same."""
+    look: Literal["glimpses", "stacked"] = "glimpses"
+    """Attention over the image: Kazemi and Elqursh (2017), or stacked (Yang et al., 2016)."""
+    glimpses: PositiveInt = 2
+    """Attention maps, or stacked layers."""
+    embedding: PositiveInt = 300
+    """Width of a word vector."""
+    lstm: PositiveInt = 1024
+    """Width of the LSTM's states, and of the question vector."""
+    width: PositiveInt = 512
+    """Width inside both attention networks."""
+    hidden: PositiveInt = 1024
+    """Width of the classifier."""
+    dropout: ClosedUnitInterval = 0.5
+    """Dropout on features, word vectors, attention and classifier."""
+    num_answers: PositiveInt = 3000
+    """Most frequent answers of the training set that are classes."""
+    min_count: PositiveInt = 1
+    """Words seen fewer times in the training questions are read as unknown."""
+    max_skipped: ClosedUnitInterval = 0.01
+    """Stop if a larger share of the questions has to be skipped: no image, empty text, fewer than ten answers."""
+
+
+@dataclass
 class DataConfig:
     """What is read."""
 
@@ -131,6 +168,8 @@ class DownstreamConfig:
     """Text model."""
     image: ImageConfig = field(default_factory=ImageConfig)
     """Image model."""
+    vqa: VqaConfig = field(default_factory=VqaConfig)
+    """Visual question answering."""
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     """Attention supervision."""
     optim: OptimConfig = field(default_factory=OptimConfig)

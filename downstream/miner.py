@@ -90,11 +90,11 @@ def probe(
     Yields:
         Example numbers, mask numbers, true-class scores, all `(probes,)`, and maps `(probes, *positions)`.
     """
-    features = model.encode(inputs)
+    features, settled = model.settle(model.encode(inputs), inputs, modality=modality)
     for rows, chosen, keep in _probes(inputs, len(targets), masks, max_rows=max_rows, device=targets.device):
         copies = {name: value[rows] for name, value in features.items()}
         copies[modality] = copies[modality] * keep.unsqueeze(-1).to(copies[modality].dtype)
-        found = model.attend(copies, {name: value[rows] for name, value in inputs.items()})
+        found = model.attend(copies, {name: value[rows] for name, value in settled.items()})
         scores = true_class_score(found.logits, targets[rows])
         if not bool(torch.isfinite(scores).all()):
             raise ValueError("the probed model gives scores that are not finite: train it again with a lower rate")

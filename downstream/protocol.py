@@ -40,9 +40,22 @@ class AttentionModel(nn.Module):
         """Attention and logits from (masked) features; `inputs` as in `encode`, with as many rows as the features."""
         raise NotImplementedError
 
+    def settle(self, features: dict[str, Tensor], inputs: Inputs, *, modality: str) -> tuple[dict[str, Tensor], Inputs]:
+        """Work out once what masks of `modality` do not change; what `attend` gets for every masked copy.
+
+        The miner calls it between `encode` and `attend`. A model that overrides it saves work; no result changes.
+        """
+        return features, inputs
+
     def forward(self, inputs: Inputs) -> Attended:
         """Logits and attention maps of a batch."""
         return self.attend(self.encode(inputs), inputs)
+
+
+class Targets(Protocol):
+    """Targets by row: a tensor, or what makes one of the rows it is asked for."""
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor: ...
 
 
 class Examples(Protocol):
@@ -50,11 +63,13 @@ class Examples(Protocol):
 
     Attributes:
         keys: a name per example, unique.
-        targets: int64 class numbers `(examples,)`, or float32 answer shares `(examples, classes)`.
     """
 
     keys: Sequence[str]
-    targets: Tensor
+
+    @property
+    def targets(self) -> Targets:
+        """int64 class numbers `(examples,)`, or float32 answer shares `(examples, classes)`."""
 
     def __len__(self) -> int: ...
 

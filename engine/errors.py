@@ -13,5 +13,12 @@ class InputError(ValueError):
     """
 
 
+class Fault(Exception):
+    """Something outside the user's options ended the run, and the message says all there is to say: exit code 1.
+
+    A final checkpoint that could not be written, a rank that died: no traceback would tell more.
+    """
+
+
 class Requeue(Exception):
     """Training stopped on request after saving; programs exit with code 75."""

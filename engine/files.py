@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,36 @@ def atomic_write(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
     atomic_write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def append_lines(path: Path, *lines: str) -> None:
+    """Append lines, each ended by a line break: all of them, or none.
+
+    Raises:
+        OSError: nothing was written.
+    """
+    data = "".join(f"{line}\n" for line in lines).encode()
+    with open(path, "ab", buffering=0) as file:
+        start = file.seek(0, os.SEEK_END)
+        try:
+            done = 0
+            while done < len(data):
+                done += file.write(data[done:])
+        except OSError:
+            with suppress(OSError):
+                file.truncate(start)
+            raise
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a JSON-lines file, none if it is not there; a line cut off by a kill is left out."""
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
 
 
 @contextmanager

@@ -2,11 +2,15 @@
 
 import os
 import socket
+from collections import namedtuple
+from dataclasses import fields, is_dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, set_seed
+from torch import nn
 
 from engine.errors import InputError
 from engine.settings import Precision
@@ -21,11 +25,14 @@ def build_accelerator(*, precision: Precision = "no", seed: int = 0) -> Accelera
     GPU-style launch it would leave the ranks unconnected without a word, which is checked here.
 
     Raises:
-        InputError: the rendezvous host cannot be resolved, or the launcher's settings do not connect the ranks.
+        InputError: the rendezvous host cannot be resolved, the launcher's settings do not connect the ranks, or fp16 is
+            asked for without a GPU.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     on_cpu = not torch.cuda.is_available()
+    if on_cpu and precision == "fp16":
+        raise InputError("precision fp16 needs a GPU, and there is none: set precision to bf16 or no")
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would find out by itself, with a warning per rank
     if world_size > 1:
@@ -53,12 +60,14 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def configure_deepspeed(accelerator: Accelerator, *, local_batch: int, clip_norm: float) -> None:
+def configure_deepspeed(accelerator: Accelerator, module: nn.Module, *, local_batch: int, clip_norm: float) -> None:
     """Tell DeepSpeed what it cannot see, because the data loader and the loop are ours. Does nothing under DDP."""
     if uses_deepspeed(accelerator):
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = local_batch
         settings["gradient_clipping"] = clip_norm
+        if _zero_stage(accelerator) == 3:
+            module.register_forward_hook(_as_named_tuple)
 
 
 def local_batch_size(global_batch: int, *, world_size: int) -> int:
@@ -87,10 +96,25 @@ def _check_rendezvous() -> None:
         ) from error
 
 
+def _zero_stage(accelerator: Accelerator) -> int:
+    return int(accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def _as_named_tuple(module: nn.Module, arguments: Any, output: Any) -> Any:
+    """A data class as the named tuple of the same names, inside which ZeRO 3 finds the tensors.
+
+    It hooks on them to bring the module's own weights back for the backward; in a data class it would see none.
+    """
+    if not is_dataclass(output) or isinstance(output, type):
+        return output
+    values = {field.name: getattr(output, field.name) for field in fields(output)}
+    return namedtuple(type(output).__name__, values)(**values)  # type: ignore[misc]
+
+
 def _check_zero_stage(accelerator: Accelerator) -> None:
-    stage = accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2):
+    stage = _zero_stage(accelerator)
+    if stage not in (1, 2, 3):
         raise InputError(
-            f"DeepSpeed ZeRO stage {stage} is not supported (checkpoints hold stages 1 and 2): "
-            f"set zero_stage to 1 or 2 in the accelerate config, or launch with DDP"
+            f"DeepSpeed ZeRO stage {stage} is not supported: set zero_stage to 1, 2 or 3 in the accelerate config, or "
+            f"launch with DDP"
         )

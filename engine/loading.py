@@ -1,6 +1,7 @@
 """Loaders of whole batches, and the count of what they could not read."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from typing import Any, Protocol, Self, TypeVar
 
@@ -11,12 +12,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.errors import InputError
 from engine.forking import end_opencv_threads
-from engine.loop import Training
 from engine.stop import ignore_stop_signals
+from engine.training import Training
 
 
 class TensorBatch:
-    """Base of dataclasses that hold a batch: moves their tensors and leaves the rest."""
+    """Base of dataclasses that hold a batch: moves their tensors and leaves the rest.
+
+    Attributes:
+        positions: which samples it holds, as its loader was asked for them; set when it comes out of the loader.
+    """
+
+    positions: list[Any] | None = None
 
     def to(self, device: torch.device) -> Self:
         """The batch with its tensors on `device`."""
@@ -29,6 +36,36 @@ class TensorBatch:
     def _map(self, function: Any) -> Self:
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         return replace(self, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})  # type: ignore[type-var]
+
+
+class PositionedLoader(DataLoader[Any]):
+    """A loader of whole batches that writes on each which samples were asked for."""
+
+    batch_sampler: "_Remembering"
+
+    def __iter__(self) -> Any:
+        asked = self.batch_sampler.asked = deque()
+        for batch in super().__iter__():
+            positions = asked.popleft()
+            if isinstance(batch, TensorBatch):
+                batch.positions = positions
+            yield batch
+
+
+class _Remembering:
+    """A batch sampler that remembers what it gave to the workers and has not come back yet."""
+
+    def __init__(self, batches: Iterable[list[Any]]) -> None:
+        self.batches = batches
+        self.asked: deque[list[Any]] = deque()
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for positions in self.batches:
+            self.asked.append(positions)
+            yield positions
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
 
 
 class CountedBatch(Protocol):
@@ -57,9 +94,9 @@ def make_loader(dataset: Dataset[Any], batches: Any, *, num_workers: int) -> Dat
     if num_workers:
         end_opencv_threads()
         workers = {"worker_init_fn": single_thread_worker, "prefetch_factor": 4}
-    return DataLoader(
+    return PositionedLoader(
         dataset,
-        batch_sampler=batches,
+        batch_sampler=_Remembering(batches),  # type: ignore[arg-type]
         collate_fn=_as_it_is,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
@@ -81,6 +118,7 @@ def counted(batches: Iterator[BatchT], training: Training, *, start: int, max_fr
     extra = training.extra
     extra.setdefault("num_bad", 0)
     for step, batch in enumerate(batches, start=start):
+        training.at("step")  # from here on this rank waits for the others, not for its data
         if training.ranks.any(bool(batch.bad)):
             reasons = [reason for part in training.ranks.gather(batch.bad) for reason in part]
             for reason in reasons:

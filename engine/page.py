@@ -13,20 +13,56 @@ import numpy as np
 from engine.files import atomic_write
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8886; --soft: #8882; }
+:root { color-scheme: light dark; --line: #8886; --soft: #8882; --grey: #666; --accent: #0b57d0; }
+@media (prefers-color-scheme: dark) { :root { --grey: #a2a2a2; --accent: #8ab4f8; } }
+* { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
+h1 { font-size: 1.6rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+nav a { margin-right: 1rem; } a { color: var(--accent); }
+.wide { overflow-x: auto; margin: 1rem 0; } .wide table { min-width: min-content; }
+table { border-collapse: collapse; }
+th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 caption { text-align: left; padding-bottom: .4rem; }
-figure { margin: 1rem 0; } figcaption, .note { opacity: .75; font-size: .9rem; }
+figure { margin: 1rem 0; } figcaption, caption, .note { color: var(--grey); font-size: .9rem; }
+.grey, td.grey, tr.grey th, tr.grey td { color: var(--grey); font-style: italic; font-weight: normal; }
 figure.plot img { max-width: 100%; background: #fff; border-radius: .4rem; }
-.gallery { overflow-x: auto; } .gallery td, .gallery th { border: 0; padding: .2rem; text-align: center; }
+@media (prefers-color-scheme: dark) { figure.plot img { filter: invert(.9) hue-rotate(180deg); } }
+.gallery td, .gallery th { border: 0; padding: .2rem; text-align: center; }
 .gallery img { width: 8.5rem; height: auto; border-radius: .3rem; display: block; }
+.gallery small { color: var(--grey); }
+.blend { display: block; position: relative; cursor: pointer; border-radius: .3rem; }
+.blend { background: var(--under) center / 100% 100% no-repeat; }
+.blend img { transition: opacity .25s; }
+.blend input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: pointer; }
+.blend:hover img, .blend input:focus-visible + img, .blend input:checked + img { opacity: .15; }
+.blend:focus-within, .wide:focus-visible, a:focus-visible, summary:focus-visible { outline: 3px solid var(--accent); }
+@media (prefers-reduced-motion: reduce) { .blend img { transition: none; } }
+@media (max-width: 40rem) {
+  body { margin: 1rem auto; } th, td { padding: .3rem .5rem; } .gallery img { width: 6.5rem; }
+}
 .words { margin: .2rem 0; } .words b { display: inline-block; min-width: 8rem; } .words span { padding: 0 .15rem; }
 code, pre { background: var(--soft); border-radius: .3rem; padding: .1rem .3rem; overflow-x: auto; }
 """
+
+
+class Grey(str):
+    """Text of a cell that is not ours, such as a published value: shown in grey italics."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a gallery.
+
+    Attributes:
+        pixels: uint8 RGB `(height, width, 3)`.
+        alt: alternative text.
+        note: small print under it.
+    """
+
+    pixels: np.ndarray
+    alt: str
+    note: str = ""
 
 
 @dataclass
@@ -35,10 +71,12 @@ class Page:
 
     title: str
     parts: list[str] = field(default_factory=list)
+    sections: list[str] = field(default_factory=list)
 
     def heading(self, text: str) -> None:
         """Begin a section."""
-        self.parts.append(f"<h2>{html.escape(text)}</h2>")
+        self.sections.append(text)
+        self.parts.append(f'<h2 id="section-{len(self.sections)}">{html.escape(text)}</h2>')
 
     def paragraph(self, text: str) -> None:
         """Add plain text."""
@@ -48,18 +86,23 @@ class Page:
         """Add preformatted text."""
         self.parts.append(f"<pre>{html.escape(text)}</pre>")
 
+    def folded(self, title: str, text: str) -> None:
+        """Add preformatted text that opens when its title is chosen."""
+        self.parts.append(
+            f"<details><summary>{html.escape(title)}</summary>"
+            f'<pre tabindex="0" role="region" aria-label="{html.escape(title)}">{html.escape(text)}</pre></details>'
+        )
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str) -> None:
-        """Add a table; the first column names the row."""
-        head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in columns)
+        """Add a table; the first column names the row. `Grey` cells are shown in grey, a row led by one as a whole."""
+        head = "".join(f'<th scope="col"{_class(c)}>{html.escape(c)}</th>' for c in columns)
         body = "".join(
-            f'<tr><th scope="row">{html.escape(row[0])}</th>'
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+            f'<tr{_class(row[0])}><th scope="row">{html.escape(row[0])}</th>'
+            + "".join(f"<td{_class(cell)}>{html.escape(cell)}</td>" for cell in row[1:])
             + "</tr>"
             for row in rows
         )
-        self.parts.append(
-            f"<table><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        )
+        self.parts.append(_wide(f"<table>{_caption(caption, head)}<tbody>{body}</tbody></table>", label=caption))
 
     def plot(self, svg: bytes, *, alt: str, caption: str) -> None:
         """Add a drawing given as SVG."""
@@ -72,17 +115,25 @@ class Page:
         self, columns: Sequence[str], rows: Sequence[Sequence[tuple[np.ndarray, str]]], *, caption: str
     ) -> None:
         """Add rows of pictures, each uint8 RGB `(height, width, 3)` with its alternative text."""
-        head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in columns)
         body = "".join(
             "<tr>"
             + "".join(f'<td><img src="{picture_uri(p)}" alt="{html.escape(alt)}"></td>' for p, alt in row)
             + "</tr>"
             for row in rows
         )
-        self.parts.append(
-            f'<div class="gallery"><table><caption>{html.escape(caption)}</caption>'
-            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        )
+        self._gallery(columns, body, caption)
+
+    def blending_gallery(self, columns: Sequence[str], rows: Sequence[Sequence[Picture]], *, caption: str) -> None:
+        """Add rows of pictures of one shape; the first of a row shines through another one that is pointed at.
+
+        By mouse, by a tap, or by the keyboard: each such picture is a check box without a script.
+        """
+        self._gallery(columns, "".join(blending_row(row) for row in rows), caption)
+
+    def _gallery(self, columns: Sequence[str], body: str, caption: str) -> None:
+        head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in columns)
+        table = f'<table class="gallery">{_caption(caption, head)}<tbody>{body}</tbody></table>'
+        self.parts.append(_wide(table, label=caption))
 
     def words(self, words: Sequence[str], weights: Sequence[float], *, label: str) -> None:
         """Add a line of words, each shaded by its weight relative to the largest, and with it as its title."""
@@ -96,14 +147,50 @@ class Page:
 
     def write(self, path: Path) -> None:
         """Write the page atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, self.text().encode())
+
+    def text(self) -> str:
+        """The whole page as HTML."""
         title = html.escape(self.title)
-        text = (
+        links = "".join(f'<a href="#section-{i}">{html.escape(s)}</a>' for i, s in enumerate(self.sections, start=1))
+        contents = f'<nav aria-label="Sections">{links}</nav>' if len(self.sections) > 2 else ""
+        return (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
-            f"<style>{STYLE}</style></head><body><h1>{title}</h1>{''.join(self.parts)}</body></html>"
+            f"<style>{STYLE}</style></head>"
+            f"<body><main><h1>{title}</h1>{contents}{''.join(self.parts)}</main></body></html>"
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, text.encode())
+
+
+def blending_row(row: Sequence[Picture]) -> str:
+    """One row of `Page.blending_gallery` as HTML; its length is what it adds to the page."""
+    first = picture_uri(row[0].pixels)
+    cells = [f'<td><img src="{first}" alt="{html.escape(row[0].alt)}">{_small(row[0].note)}</td>']
+    for one in row[1:]:
+        label = html.escape(f"show the image under: {one.alt}")
+        cells.append(
+            f'<td><label class="blend"><input type="checkbox" aria-label="{label}">'
+            f'<img src="{picture_uri(one.pixels)}" alt="{html.escape(one.alt)}"></label>{_small(one.note)}</td>'
+        )
+    return f'<tr style="--under: url({first})">{"".join(cells)}</tr>'
+
+
+def _small(note: str) -> str:
+    return f"<small>{html.escape(note)}</small>" if note else ""
+
+
+def _class(text: str) -> str:
+    return ' class="grey"' if isinstance(text, Grey) else ""
+
+
+def _caption(caption: str, head: str) -> str:
+    return f"<caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead>"
+
+
+def _wide(table: str, *, label: str) -> str:
+    """A table in a box that scrolls on its own, also by the keyboard."""
+    return f'<div class="wide" tabindex="0" role="region" aria-label="{html.escape(label[:80])}">{table}</div>'
 
 
 def picture_uri(picture: np.ndarray) -> str:

@@ -7,13 +7,17 @@ import sys
 import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from engine.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, InputError, Requeue
+from engine.attempts import clear_exit, describe, write_exit
+from engine.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, Fault, InputError, Requeue
+from engine.settings import LoopConfig
+from engine.stop import StopRequest
 
 ConfigT = TypeVar("ConfigT")
 
@@ -98,21 +102,61 @@ def run_program(
     """
     try:
         config, check_only = parse_config(config_class, description=description, default_config=default_config)
-        if check_only:
-            for line in check(config) if check is not None else []:
-                sys.stdout.write(f"ok: {line}\n")
-        else:
-            main(config)
-        code = EXIT_DONE
     except InputError as error:
-        code = _complain(f"error: {error}", code=EXIT_BAD_INPUT)
+        _finish(_complain(f"error: {error}", code=EXIT_BAD_INPUT))
+    if check_only:
+        _finish(_run(lambda: _print_checks(check, config))[0])
+    # A training answers a stop signal from its first moment: importing torch takes seconds.
+    trains = isinstance(getattr(config, "loop", None), LoopConfig)
+    with StopRequest() if trains else nullcontext():
+        run = _run_folder(config) if trains and _rank() == "0" else None
+        if run is not None:
+            clear_exit(run)
+        code, reason = _run(lambda: main(config))
+        if run is not None:
+            write_exit(run, code, reason=reason)
+        _finish(code)
+
+
+def leave_now(code: int, message: str) -> NoReturn:
+    """End the process from any thread, without waiting for other ranks or threads."""
+    _complain(message, code=code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(work: Callable[[], None]) -> tuple[int, str]:
+    """Do the work; returns its exit code and the reason in one line."""
+    try:
+        work()
+        return EXIT_DONE, describe(None)
+    except InputError as error:
+        return _complain(f"error: {error}", code=EXIT_BAD_INPUT), str(error)
     except Requeue as stop:
         # all ranks stop together: the first one speaks for them
-        code = _complain(f"stopped: {stop}", code=EXIT_REQUEUE) if _rank() == "0" else EXIT_REQUEUE
+        return _complain(f"stopped: {stop}", code=EXIT_REQUEUE) if _rank() == "0" else EXIT_REQUEUE, str(stop)
+    except (Fault, FloatingPointError) as error:
+        return _complain(f"failed: {error}", code=EXIT_FAILED) if _rank() == "0" else EXIT_FAILED, str(error)
     except KeyboardInterrupt:
-        code = _complain("interrupted before anything could be saved", code=EXIT_FAILED)
-    except Exception:  # the last resort: the traceback is the message
-        code = _complain(traceback.format_exc().rstrip(), code=EXIT_FAILED)
+        return _complain("interrupted before anything could be saved", code=EXIT_FAILED), "interrupted"
+    except Exception as error:  # the last resort: the traceback is the message
+        return _complain(traceback.format_exc().rstrip(), code=EXIT_FAILED), describe(error)
+
+
+def _print_checks(check: Callable[[Any], Sequence[str]] | None, config: Any) -> None:
+    for line in check(config) if check is not None else []:
+        sys.stdout.write(f"ok: {line}\n")
+
+
+def _run_folder(config: Any) -> Path | None:
+    """Folder of the run that a training's config names."""
+    runs, name = getattr(config, "runs", None), getattr(config, "run", None)
+    return runs / name if isinstance(runs, Path) and isinstance(name, str) and name else None
+
+
+def _finish(code: int) -> NoReturn:
+    """Leave with `code`."""
     sys.stdout.flush()
     if code != EXIT_DONE:
         _leave_now(code)

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ import yaml
 
 from engine.environment import environment
 from engine.errors import InputError
-from engine.files import atomic_write, write_json
+from engine.files import append_lines, atomic_write, read_lines, write_json
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
 
 
 class RunFolder:
-    """One run's files. Opening it twice with the same config is how a stopped run goes on."""
+    """One run's files. Opening it twice with the same config is how a stopped run goes on.
+
+    Attributes:
+        latest: newest value of every metric logged so far.
+        unwritten: lines of metrics that wait for a file system that takes them.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -25,6 +32,10 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.config_file = path / "config.yaml"
         self.summary_file = path / "summary.json"
+        self.bad_batches_file = path / "bad_batches.jsonl"
+        self.order = path / "order"
+        self.latest: dict[str, Any] = {}
+        self.unwritten: list[str] = []
 
     @property
     def name(self) -> str:
@@ -62,35 +73,53 @@ class RunFolder:
         return yaml.safe_load(self.config_file.read_text())
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
-        """Append one line to `metrics.jsonl`; a value that is not finite is written as a string, to stay JSON."""
+        """Append one line to `metrics.jsonl`; a value that is not finite is written as a string, to stay JSON.
+
+        Lines that cannot be written now (disk full, file system gone) wait in `unwritten` for the next call.
+        """
         line = {"step": step, **{k: v if math.isfinite(v) else str(v) for k, v in values.items()}}
-        with open(self.metrics_file, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        self.latest.update(line)
+        self.unwritten.append(json.dumps(line))
+        self.flush()
+
+    def flush(self) -> None:
+        """Try again to write the lines that could not be written."""
+        if self.unwritten:
+            with suppress(OSError):
+                append_lines(self.metrics_file, *self.unwritten)
+                self.unwritten.clear()
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Lines of `metrics.jsonl`; a last line cut off by a kill is left out."""
-        if self.metrics_file.exists():
-            for line in self.metrics_file.read_text().splitlines():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:
-                    continue
+        return read_lines(self.metrics_file)
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop the lines after `step`: a resumed run writes them again."""
-        if self.metrics_file.exists():
-            kept = [line for line in self.metrics() if line["step"] <= step]
-            atomic_write(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`: a resumed run writes it again."""
+        for path in (self.metrics_file, self.bad_batches_file, *sorted(self.order.glob("rank-*.jsonl"))):
+            if path.exists():
+                kept = [line for line in read_lines(path) if line["step"] <= step]
+                atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        for line in self.metrics():
+            self.latest.update(line)
 
     def write_summary(self, metrics: Mapping[str, Any], *, step: int, **more: Any) -> None:
-        """Merge `metrics` into `summary.json`: `{"run", "step", "metrics", "environment"}` and what else is given."""
+        """Merge `metrics` into `summary.json`: `{"run", "step", "metrics", "environment"}` and what else is given.
+
+        Of `time/...`, logged as means of a few steps each, the summary has the median over the run.
+        """
         old = self.read_summary()
-        merged = {**old.get("metrics", {}), **metrics}
+        merged = {**old.get("metrics", {}), **metrics, **self._median_times(metrics)}
         rest = {k: v for k, v in old.items() if k not in ("run", "step", "metrics", "environment")}
         write_json(
             self.summary_file,
             {"run": self.name, "step": step, "metrics": merged, "environment": environment(), **rest, **more},
         )
+
+    def _median_times(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        names = [name for name in metrics if name.startswith("time/")]
+        lines = list(self.metrics()) if names else []
+        values = {name: [line[name] for line in lines if name in line] for name in names}
+        return {name: statistics.median(found) for name, found in values.items() if found}
 
     def read_summary(self) -> dict[str, Any]:
         """`summary.json`, or an empty dictionary before there is one."""

@@ -1,9 +1,11 @@
 """Model and optimiser state in one form, whatever distributes them: `{parameter name: {slot: tensor}}`.
 
-DDP keeps whole tensors on every rank; DeepSpeed ZeRO 1 and 2 keep flat pieces. Both are turned into whole CPU tensors
-by name, so a checkpoint written under one loads under the other and on any number of ranks.
+DDP keeps whole tensors on every rank; DeepSpeed ZeRO 1 and 2 keep flat pieces of fp32 weights and optimiser slots,
+ZeRO 3 pieces of the weights themselves too. All are turned into whole CPU tensors by name, so a checkpoint written
+under one loads under the others and on any number of ranks.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,37 +27,51 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def model_state(accelerator: Accelerator, module: nn.Module) -> dict[str, Tensor]:
-    """Full-precision weights and buffers of the prepared `module`, on CPU. Every rank must call it."""
-    plain = unwrap(module)
-    state = {name: value.detach().to("cpu", copy=True) for name, value in plain.state_dict().items()}
-    if uses_deepspeed(accelerator):
-        from deepspeed.utils import safe_get_full_fp32_param
+def model_state(accelerator: Accelerator, module: nn.Module, *, wanted: bool = True) -> dict[str, Tensor]:
+    """Full-precision weights and buffers of the prepared `module`, on CPU. Every rank must call it.
 
-        for name, parameter in plain.named_parameters():
-            if parameter.requires_grad:
-                state[name] = safe_get_full_fp32_param(parameter).to("cpu", copy=True)
+    Args:
+        wanted: whether this rank wants the result, or only helps the others to theirs.
+    """
+    plain = unwrap(module)
+    if not uses_deepspeed(accelerator):
+        return _to_cpu(plain.state_dict()) if wanted else {}
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    trained = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    with _whole([p for p in plain.parameters() if not p.requires_grad]):
+        state = {name: value for name, value in plain.state_dict().items() if name not in trained}
+        state = _to_cpu(state) if wanted else {}
+    for name, parameter in trained.items():
+        whole = safe_get_full_fp32_param(parameter)
+        if wanted:
+            state[name] = whole.detach().reshape(_shape(parameter)).to("cpu", copy=True)
     return state
 
 
 def load_model_state(accelerator: Accelerator, module: nn.Module, state: dict[str, Tensor]) -> None:
     """Put weights and buffers into the prepared `module`, and into DeepSpeed's full-precision copies."""
     plain = unwrap(module)
-    plain.load_state_dict(state)
+    with _whole(list(plain.parameters())):
+        plain.load_state_dict(state)
     if uses_deepspeed(accelerator):
-        from deepspeed.utils import safe_set_full_fp32_param
-
         for name, parameter in plain.named_parameters():
             if parameter.requires_grad:
-                safe_set_full_fp32_param(parameter, state[name].to(parameter.device, torch.float32))
+                _set_full(parameter, state[name], key=None)
 
 
-def optimizer_state(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> OptimizerState:
-    """Whole optimiser slots by parameter name, on CPU. Every rank must call it. Empty before the first step."""
+def optimizer_state(
+    accelerator: Accelerator, module: nn.Module, optimizer: Any, *, wanted: bool = True
+) -> OptimizerState:
+    """Whole optimiser slots by parameter name, on CPU. Every rank must call it. Empty before the first step.
+
+    Args:
+        wanted: whether this rank wants the result, or only helps the others to theirs.
+    """
     plain = unwrap(module)
     parameters = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     if not uses_deepspeed(accelerator):
-        slots = optimizer.optimizer.state
+        slots = optimizer.optimizer.state if wanted else {}
         return {
             name: {k: torch.as_tensor(v).detach().to("cpu", copy=True) for k, v in slots[p].items() if v is not None}
             for name, p in parameters.items()
@@ -63,16 +79,19 @@ def optimizer_state(accelerator: Accelerator, module: nn.Module, optimizer: Any)
         }
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    flat_slots = list(optimizer.optimizer.optimizer.state.values())
+    zero = optimizer.optimizer
+    flat_slots = [slots for slots in zero.optimizer.state.values() if slots]
     if not flat_slots:
         return {}
-    _link_slots(optimizer.optimizer)
+    _link_slots(zero)
     per_element = [k for k, v in flat_slots[0].items() if torch.is_tensor(v) and v.numel() > 1]
     shared = {k: torch.as_tensor(v).detach().to("cpu", copy=True) for k, v in flat_slots[0].items() if _is_scalar(v)}
-    return {
-        name: {k: safe_get_full_optimizer_state(p, k).to("cpu", copy=True) for k in per_element} | shared
-        for name, p in parameters.items()
-    }
+    state: OptimizerState = {}
+    for name, p in parameters.items():
+        whole = {key: safe_get_full_optimizer_state(p, key) for key in per_element}
+        if wanted:
+            state[name] = {k: v.reshape(_shape(p)).to("cpu", copy=True) for k, v in whole.items()} | shared
+    return state
 
 
 def load_optimizer_state(accelerator: Accelerator, module: nn.Module, optimizer: Any, state: OptimizerState) -> None:
@@ -87,12 +106,10 @@ def load_optimizer_state(accelerator: Accelerator, module: nn.Module, optimizer:
             # scalars such as Adam's step count stay on the CPU, where the optimisers keep them
             optimizer.optimizer.state[p] = {k: v.clone() if v.dim() == 0 else v.to(p.device) for k, v in slots.items()}
         return
-    from deepspeed.utils import safe_set_full_optimizer_state
-
     zero = optimizer.optimizer
     example = next(iter(state.values()))
     per_element = [k for k, v in example.items() if v.dim() > 0]
-    for flat in zero.single_partition_of_fp32_groups:
+    for flat in _flat_weights(zero):
         # ZeRO makes its slots in the first step; make them now, so that they can be filled before it
         zero.optimizer.state[flat] = {k: torch.zeros_like(flat.data) for k in per_element} | {
             k: v.clone() for k, v in example.items() if v.dim() == 0
@@ -100,7 +117,52 @@ def load_optimizer_state(accelerator: Accelerator, module: nn.Module, optimizer:
     _link_slots(zero)
     for name, p in parameters.items():
         for key in per_element:
-            safe_set_full_optimizer_state(p, state[name][key].to(p.device), key)
+            _set_full(p, state[name][key], key=key)
+
+
+def _to_cpu(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of the whole parameter; under ZeRO 3 the parameter itself is empty."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Context in which `parameters` are whole on every rank, and what is written into them stays; for ZeRO 3."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parameters, modifier_rank=0)
+
+
+def _set_full(parameter: nn.Parameter, value: Tensor, *, key: str | None) -> None:
+    """Put a whole tensor into this rank's piece of the fp32 weights (`key` None) or of an optimiser slot."""
+    value = value.to(parameter.device, torch.float32)
+    if not hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if key is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+        return
+    # DeepSpeed's own function fails where the ranks' number does not divide the weights, which it pads
+    zero = parameter._z3_optimizer  # type: ignore[attr-defined]
+    piece, _ = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+    start = piece.numel() * zero._get_param_partition_rank(parameter)
+    mine = value.flatten()[start : start + piece.numel()]
+    piece.data.zero_()
+    piece.data[: mine.numel()].copy_(mine)
+
+
+def _flat_weights(zero: Any) -> list[Tensor]:
+    """The fp32 tensors that ZeRO's optimiser sees: one per parameter group, or per sub-group under ZeRO 3."""
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        return list(zero.fp32_partitioned_groups_flat)
+    return list(zero.single_partition_of_fp32_groups)
 
 
 def _link_slots(zero: Any) -> None:
@@ -109,6 +171,8 @@ def _link_slots(zero: Any) -> None:
     DeepSpeed 0.19 does it once, after the first parameter group's first step, when the other groups have no slots yet;
     so it is made to do it again.
     """
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        return  # ZeRO 3 looks them up
     zero._hp_optimizer_states_linked = False
     zero._lazy_init_hp_params_optimizer_state()
 

@@ -2,24 +2,37 @@
 
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Launchers pass a signal on that the scheduler has sent to every process already: one request, not two.
+ONE_REQUEST_S = 5.0
 
 
 class StopRequest:
     """Context in which SIGTERM, SIGINT and SIGUSR1 set a flag instead of ending the process.
 
-    A second SIGINT or SIGTERM ends the process at once, for whoever does not want to wait for the checkpoint.
+    A SIGINT or SIGTERM more than five seconds after the first request ends the process at once, for whoever does not
+    want to wait for the checkpoint. Inside another such context it shares that one's flag: a program asks for it first
+    thing, so that a signal during its imports is not lost, and the training loop for those who call it directly.
     """
 
     def __init__(self) -> None:
-        self.requested = False
         self.reason = ""
+        self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has asked this process to stop; `reason` is its name."""
+        return bool(self.reason)
+
     def __enter__(self) -> "StopRequest":
+        owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        if isinstance(owner, StopRequest):
+            return owner
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -31,11 +44,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number != signal.SIGUSR1:
+        again = self.requested and time.monotonic() - self._since > ONE_REQUEST_S
+        if again and number != signal.SIGUSR1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.requested = True
-        self.reason = signal.Signals(number).name
+        if not self.requested:
+            self._since = time.monotonic()
+            self.reason = signal.Signals(number).name
 
 
 def ignore_stop_signals(worker_id: int = 0) -> None:

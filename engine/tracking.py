@@ -43,7 +43,7 @@ class Tracker:
         """Write named scalars of one step."""
         self.run.log(values, step=step)
         if self._wandb is not None:
-            self._wandb.log({"step": step, **values})
+            self._wandb.log({"step": step, **values}, step=step)
 
     def images(self, name: str, pictures: list[np.ndarray], *, captions: list[str], step: int) -> None:
         """Send pictures, uint8 `(height, width, 3)`, to W&B; without it they live in the report alone."""
@@ -51,7 +51,7 @@ class Tracker:
             import wandb
 
             items = [wandb.Image(p, caption=c) for p, c in zip(pictures, captions, strict=True)]
-            self._wandb.log({"step": step, name: items})
+            self._wandb.log({"step": step, name: items}, step=step)
 
     def finish(self, *, failed: bool = False) -> None:
         """Flush and close W&B."""

@@ -17,7 +17,7 @@ from engine.settings import LoopConfig
 from pretrain.config import DataConfig, ViewsConfig
 from pretrain.reuse import ArrayPool
 from pretrain.views import Views, cut_views, draw_views
-from shards.decode import image_size
+from shards.decode import Scratch, image_size
 from shards.location import is_remote
 from shards.order import SampleOrder, StepBatches
 from shards.reader import BadSample, ShardSet
@@ -89,7 +89,7 @@ class ViewDataset(Dataset[Batch]):
     ) -> None:
         self.shards, self.views, self.num_views, self.seed = shards, views, num_views, seed
         self.image_size, self.map_size = image_size, map_size
-        self._images, self._maps = ArrayPool(), ArrayPool()
+        self._images, self._maps, self._scratch = ArrayPool(), ArrayPool(), Scratch()
 
     def __getitem__(self, position: Position) -> Batch:
         return self.__getitems__([position])
@@ -157,7 +157,8 @@ class ViewDataset(Dataset[Batch]):
         for number, file in enumerate(files):
             if number not in bad:
                 try:
-                    cut_views(file.data, crops[number], flips[number], stored=file.size, out=images[:, number])
+                    out = images[:, number]
+                    cut_views(file.data, crops[number], flips[number], stored=file.size, out=out, scratch=self._scratch)
                 except ValueError as error:
                     bad[number] = self._message(positions[number], error)
         return images

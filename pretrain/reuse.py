@@ -1,7 +1,7 @@
 """Memory that is used again as soon as nobody holds it any more.
 
-Fresh memory costs a page fault every 4 kB, and the kernel clears each page: for a batch of views as much time as reading
-its files.
+Fresh memory costs a page fault every 4 kB, and the kernel clears each page: for a batch of views that takes as long as
+reading its files.
 """
 
 import sys

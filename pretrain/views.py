@@ -14,7 +14,7 @@ import numpy as np
 
 from pretrain.config import ViewsConfig
 from pretrain.philox import uniforms
-from shards.decode import decode_rgb
+from shards.decode import Scratch, decode_rgb
 
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
@@ -127,7 +127,13 @@ def _central_crops(heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray,
 
 
 def cut_views(
-    data: bytes, crops: Sequence[Sequence[int]], flips: Sequence[bool], *, stored: tuple[int, int], out: np.ndarray
+    data: bytes,
+    crops: Sequence[Sequence[int]],
+    flips: Sequence[bool],
+    *,
+    stored: tuple[int, int],
+    out: np.ndarray,
+    scratch: Scratch | None = None,
 ) -> None:
     """Decode once, at the smallest scale that still gives every crop its pixels, and cut all views.
 
@@ -139,6 +145,7 @@ def cut_views(
         flips: whether each view is mirrored.
         stored: upright height and width of the image, pixels.
         out: takes the views, uint8 `(num_views, size, size, 3)`, RGB.
+        scratch: memory for the decoded image.
 
     Raises:
         ValueError: the bytes are no readable image.
@@ -147,10 +154,10 @@ def cut_views(
     shortest = min([crop[2] for crop in crops]), min([crop[3] for crop in crops])
     # libjpeg-turbo is fast at full size and at halves; the eighths between them take longer than the whole
     if min(shortest) < 2 * size:
-        image = decode_rgb(data, fast_colour=True)
+        image = decode_rgb(data, fast_colour=True, scratch=scratch)
     else:
         needed = [math.ceil(size * side / crop) for side, crop in zip(stored, shortest, strict=True)]
-        image = decode_rgb(data, min_size=(needed[0], needed[1]), fast_colour=True)
+        image = decode_rgb(data, min_size=(needed[0], needed[1]), fast_colour=True, scratch=scratch)
     scaled = image.shape[:2] != tuple(stored)
     for crop, flip, view in zip(crops, flips, out, strict=True):
         _cut(image, _scaled(crop, stored, image.shape) if scaled else crop, flip, view)

@@ -6,14 +6,14 @@ manifest promises, or has no such file: after a few tries `ServerSays`, an `OSEr
 sample, as they do for local files.
 """
 
-import errno
+import inspect
 import os
 import random
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import fsspec
@@ -21,6 +21,17 @@ from fsspec.asyn import AsyncFileSystem, sync
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from engine.errors import InputError
+from shards.faults import (
+    ADVICE,
+    ContentFault,
+    DeniedFile,
+    MissingFile,
+    RemoteFault,
+    ServerSays,
+    about_the_file,
+    describe,
+    raise_if_hopeless,
+)
 
 CONTENT_TRIES = 4
 MAX_PAUSE_S = 30.0
@@ -28,12 +39,10 @@ MAX_FILE_BYTES = 1 << 30
 DEFAULT_CACHE_GB = 32.0
 
 _HTTP = ("http", "https")
-# botocore's and google.auth's own words for "who are you": no try will help.
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "NoAuthTokenError", "DefaultCredentialsError")
+_GOOGLE = ("gs", "gcs")
 # One per process and protocol, never dropped: after a fork the connections are shared with the parent, and clearing
 # them up here would shut them there.
 _clients: dict[tuple[int, str], Any] = {}
-_ADVICE = "check the address and the network, then run the same command again"
 
 
 @dataclass(frozen=True)
@@ -73,39 +82,6 @@ class RemoteOptions:
             return int((self.cache_gb or float(text)) * 1e9)
         except (ValueError, OverflowError) as error:
             raise InputError(f"SACCADE_CACHE_GB is {text!r}: give a number of gigabytes") from error
-
-
-class RemoteFault(InputError):
-    """A remote set cannot be read now: one line with the URL, what happened, and what to do."""
-
-    def __init__(self, message: str) -> None:
-        # A data loader rebuilds its worker's exception from a text with traceback, whose last line is ours.
-        super().__init__(message.strip().rpartition("\n")[2].rpartition("RemoteFault: ")[2])
-
-
-class ServerSays(OSError):
-    """What the server has is not what it should have: as wrong as the same fault of a local file."""
-
-
-class ContentFault(ServerSays):
-    """Other bytes than the manifest promises."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(errno.EIO, reason)
-
-
-class MissingFile(ServerSays, FileNotFoundError):
-    """No such file on the server."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(errno.ENOENT, f"{url}: no such file on the server")
-
-
-class DeniedFile(ServerSays, PermissionError):
-    """The server does not let us read the file."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(errno.EACCES, f"{url}: access denied: check the credentials")
 
 
 class Fetcher:
@@ -160,10 +136,10 @@ class Fetcher:
             except ServerSays:
                 raise
             except Exception as error:  # each protocol's client has its own; what none can mend is sorted out here
-                last = _describe(error)
-                _raise_if_hopeless(error, url=url, described=last)
+                last = describe(error)
+                raise_if_hopeless(error, url=url, described=last)
         seconds = time.monotonic() - started
-        raise RemoteFault(f"{url}: {last}; gave up after {tries} tries in {seconds:.0f} s: {_ADVICE}")
+        raise RemoteFault(f"{url}: {last}; gave up after {tries} tries in {seconds:.0f} s: {ADVICE}")
 
     def _pause(self, attempt: int) -> float:
         return min(MAX_PAUSE_S, self.options.backoff_s * 2.0 ** (attempt - 1)) * self._random.uniform(0.75, 1.25)
@@ -180,14 +156,11 @@ class Fetcher:
             if not isinstance(filesystem, AsyncFileSystem):
                 return bytes(filesystem.cat_file(path, start=start, end=end))
             return bytes(sync(filesystem.loop, filesystem._cat_file, path, start=start, end=end, timeout=timeout))
-        except FileNotFoundError as error:
-            raise MissingFile(url) from error
-        except PermissionError as error:
-            raise DeniedFile(url) from error
-        except OSError as error:
-            if error.errno == errno.EINVAL:  # s3fs's word for a range beyond the end
-                raise ContentFault("the file is shorter than the manifest says") from error
-            raise
+        except Exception as error:  # each protocol's client has its own
+            fault = about_the_file(error, url)
+            if fault is None:
+                raise
+            raise fault from error
 
 
 def _client(protocol: str) -> Any:
@@ -206,6 +179,8 @@ def _connect(protocol: str) -> Any:
     elif protocol in ("s3", "s3a"):
         more["config_kwargs"] = {"retries": {"total_max_attempts": 1}} | given.get("config_kwargs", {})
     try:
+        if protocol in _GOOGLE:
+            return _connect_google()
         filesystem = fsspec.filesystem(protocol, skip_instance_cache=True, **more)
     except ImportError as error:
         raise InputError(
@@ -214,6 +189,19 @@ def _connect(protocol: str) -> Any:
     if protocol in ("s3", "s3a"):
         filesystem.retries = 1
         filesystem.max_concurrency = 1  # else it asks for the size of a whole file first
+    return filesystem
+
+
+def _connect_google() -> Any:
+    """gcsfs over plain HTTPS.
+
+    Its newer default class first asks over gRPC what kind the bucket is: that needs a right more than reading does, and
+    gRPC's threads do not survive the fork that makes a loader's workers.
+    """
+    from gcsfs.core import GCSFileSystem
+
+    filesystem = GCSFileSystem(skip_instance_cache=True)
+    filesystem._request = MethodType(inspect.unwrap(GCSFileSystem._request), filesystem)  # without retries of its own
     return filesystem
 
 
@@ -243,33 +231,3 @@ async def _get(filesystem: Any, url: str, offset: int, size: int | None) -> byte
     if total > limit:
         raise ContentFault(f"more than the {limit} bytes asked for came")
     return b"".join(parts)
-
-
-def _describe(error: Exception) -> str:
-    """What happened, on one line, without what may be secret: queries (signatures) and user names in URLs."""
-    if isinstance(error, TimeoutError):  # asyncio's and fsspec's, which say nothing
-        return "no answer in time"
-    status = _status(error)
-    # Of a status aiohttp's own text names the URL once more.
-    text = str(getattr(error, "message", "") or error) if status else str(error)
-    text = re.sub(r"\s+", " ", text).strip()
-    text = re.sub(r"\?[^\s'\")]*", "?...", re.sub(r"//[^\s/@]+@", "//", text))[:160]
-    return (f"HTTP status {status} ({text})" if status else f"{type(error).__name__} ({text})").replace(" ()", "")
-
-
-def _status(error: BaseException) -> int | None:
-    found = getattr(error, "status", None) or getattr(error, "code", None)
-    return found if isinstance(found, int) and 100 <= found < 600 else None
-
-
-def _raise_if_hopeless(error: Exception, *, url: str, described: str) -> None:
-    """Raise what no further try can mend."""
-    if isinstance(error, InputError):
-        raise error
-    status = _status(error) or 0
-    if type(error).__name__ in _NO_CREDENTIALS:
-        raise RemoteFault(f"{url}: no credentials found: set those of your provider (docs/shards.md)") from error
-    if 400 <= status < 500 and status not in (408, 425, 429):
-        raise RemoteFault(f"{url}: {described}: {_ADVICE}") from error
-    if isinstance(error, ValueError) and "redirect" in type(error).__name__.lower():
-        raise RemoteFault(f"{url}: redirects to something that is not http: correct the URL") from error

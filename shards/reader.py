@@ -16,7 +16,8 @@ import numpy as np
 from attention.maps import decode_map_np
 from engine.errors import InputError
 from shards.decode import decode_map_png
-from shards.fetch import RemoteFault, RemoteOptions
+from shards.faults import RemoteFault
+from shards.fetch import RemoteOptions
 from shards.folder import LocalFolder, open_folder
 from shards.manifest import Manifest, check_labels, read_manifest
 from shards.opening import BadSample, OpenShard, ShardFiles, read_shard_index
@@ -51,6 +52,18 @@ class Sample:
             BadSample: absent or damaged.
         """
         return self.shards.read_info(self.shard, self.row)
+
+
+@dataclass(slots=True)
+class Stored:
+    """One sample before anything is decoded beyond its label map's PNG, for those who read whole batches.
+
+    `image` and `label` as in `Sample`; `codes`: `(height, width)` uint8, what `decode_map_np` makes the density of.
+    """
+
+    image: bytes
+    label: int
+    codes: np.ndarray | None
 
 
 class ShardSet:
@@ -145,14 +158,27 @@ class ShardSet:
             RemoteFault: its server cannot be reached.
             IndexError: no such shard or row.
         """
+        stored = self.read_stored(shard, row)
+        density = None if stored.codes is None else decode_map_np(stored.codes)
+        return Sample(self.key(shard, row), stored.image, stored.label, density, self, shard, row)
+
+    def read_stored(self, shard: int, row: int) -> Stored:
+        """Read one usable sample with the codes of its map; raises as `read` does."""
         if not (0 <= shard < self.manifest.num_shards and 0 <= row < self.shard_sizes[shard]):
             raise IndexError(f"shard {shard}, row {row}: outside the set")
         stored = self._stored_row(shard, row)
         opened = self._images.get(shard)
         image = self._payload(opened, shard, stored, check=self.check)
-        density = None if self._maps is None else self._read_map(shard, stored)
-        label = int(opened.index.label[stored])
-        return Sample(opened.index.key(stored), image, label, density, self, shard, row)
+        codes = None if self._maps is None else self._read_codes(shard, stored)
+        return Stored(image, opened.index.label.item(stored), codes)
+
+    def key(self, shard: int, row: int) -> str:
+        """Key of a usable sample.
+
+        Raises:
+            BadSample: the shard's index is unreadable.
+        """
+        return self._images.get(shard).index.key(self._stored_row(shard, row))
 
     def read_info(self, shard: int, row: int) -> dict[str, Any]:
         """The JSON member of a sample; see `Sample.info`."""
@@ -188,13 +214,13 @@ class ShardSet:
 
     def _payload(self, opened: OpenShard, shard: int, row: int, *, check: bool) -> bytes:
         index = opened.index
-        size = int(index.size[row])
+        size = index.size.item(row)
         if not 0 < size <= MAX_PAYLOAD_BYTES:
             reason = "no data" if size < 0 else "zero bytes" if size == 0 else f"{size} bytes are too many"
             raise self._bad_sample(opened, shard, row, reason)
-        crc = int(index.crc[row]) if check else None
+        crc = index.crc.item(row) if check else None
         try:
-            data = opened.read(int(index.offset[row]), size, lambda found: crc is None or zlib.crc32(found) == crc)
+            data = opened.read(index.offset.item(row), size, lambda found: crc is None or zlib.crc32(found) == crc)
         except OSError as error:
             raise self._bad_sample(opened, shard, row, f"cannot be read ({error.strerror})") from error
         if len(data) < size:
@@ -214,12 +240,12 @@ class ShardSet:
         opened = self._maps.get(shard)
         return self._payload(opened, shard, stored_row, check=True) if opened.index.size[stored_row] >= 0 else None
 
-    def _read_map(self, shard: int, stored: int) -> np.ndarray:
+    def _read_codes(self, shard: int, stored: int) -> np.ndarray:
         data = self.stored_map(shard, stored)
         try:
             if data is None:
                 raise ValueError("none was written for this image")
-            return decode_map_np(decode_map_png(data))
+            return decode_map_png(data)
         except ValueError as error:
             assert self._maps is not None  # stored_map has used it
             raise self._bad_sample(self._maps.get(shard), shard, stored, str(error)) from error

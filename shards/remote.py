@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 
 from engine.errors import InputError
 from shards.cache import Cache
-from shards.fetch import CONTENT_TRIES, ContentFault, DeniedFile, Fetcher, RemoteFault, RemoteOptions, ServerSays
+from shards.faults import ContentFault, DeniedFile, RemoteFault, ServerSays
+from shards.fetch import CONTENT_TRIES, Fetcher, RemoteOptions
 from shards.plain import open_plain
 
 CHUNK_BYTES = 8 << 20

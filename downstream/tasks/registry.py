@@ -20,4 +20,12 @@ def open_task(config: DownstreamConfig) -> Task:
         from downstream.tasks.images import ImageTask
 
         return ImageTask(config)
+    if config.task == "easy_vqa":
+        from downstream.tasks.easy_vqa import open_easy_vqa
+
+        return open_easy_vqa(config)
+    if config.task == "vqa":
+        from downstream.tasks.vqa import open_vqa
+
+        return open_vqa(config)
     raise InputError(f"task '{config.task}' is not known")

@@ -78,6 +78,12 @@ def test_gradient_of_each_term(logits, target, name):
     assert gradcheck(lambda x: weighted_loss(x, target, weights={name: 1.0})[0], logits.requires_grad_())
 
 
+def test_gradient_of_nss_at_human_fixations(logits, target):
+    points = torch.tensor([[0.0, 0.0], [3.5, 2.2], [3.5, 2.2]]).expand(3, 3, 2)
+    counts = fixation_counts(points, None, (5, 6)).double()
+    assert gradcheck(lambda x: weighted_loss(x, target, weights=ALL, nss_map=counts)[0], logits.requires_grad_())
+
+
 @pytest.mark.parametrize("nss_target", ["soft", "sampled", "top"])
 def test_gradient_of_the_attention_loss(logits, target, nss_target):
     def loss(x: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,9 @@ import torch
 from scipy.stats import spearmanr
 
 from attention import metrics
-from attention.fixations import pad_fixations, shuffled_negatives
+from attention.fixations import fixation_counts, fixations_from_maps, pad_fixations, shuffled_negatives
 from attention.maps import fixation_density
+from tests.attention.reference import as_fixations, stored_model
 
 GRID = (30, 40)
 TOLERANCE = {"atol": 1e-6, "rtol": 0.0}
@@ -26,26 +27,11 @@ class Case:
         rng = np.random.default_rng(9)
         size = (*prediction.shape[1:], 3)
         self.stimuli = pysaliency.Stimuli([rng.integers(0, 255, size, dtype=np.uint8) for _ in prediction])
-        self.fixations = self.as_fixations(pysaliency, points)
+        self.fixations = as_fixations(pysaliency, points)
         self.model = self.as_model(pysaliency, prediction)
 
-    @staticmethod
-    def as_fixations(pysaliency, points: list[np.ndarray]):
-        n = np.concatenate([np.full(len(each), i) for i, each in enumerate(points)])
-        x, y = np.concatenate(points).T
-        return pysaliency.Fixations.create_without_history(x=x, y=y, n=n)
-
     def as_model(self, pysaliency, maps: np.ndarray):
-        stimuli = self.stimuli
-
-        class Stored(pysaliency.SaliencyMapModel):
-            def _saliency_map(self, stimulus):
-                raise AssertionError("every map is stored")
-
-        model = Stored()
-        for stimulus, each in zip(stimuli, maps, strict=True):
-            model._cache[stimulus.stimulus_id] = each
-        return model
+        return stored_model(pysaliency, self.stimuli, maps)
 
 
 @pytest.fixture(scope="module", params=["random", "ties", "osie"])
@@ -205,6 +191,17 @@ def test_emd_of_two_points_is_their_distance():
     torch.testing.assert_close(metrics.emd(maps, maps), torch.zeros(2, dtype=torch.float64), **TOLERANCE)
 
 
+def test_emd_of_larger_maps_is_pots_on_their_averages():
+    ot = pytest.importorskip("ot")
+    maps = torch.rand(2, 1, 28, 42, dtype=torch.float64) ** 4
+    small = maps.view(2, 14, 2, 14, 3).mean(dim=(2, 4)).numpy()
+    rows, columns = np.mgrid[0:14, 0:14]
+    centres = np.stack([(rows.ravel() + 0.5) / 14, (columns.ravel() + 0.5) / 14], axis=1)
+    p, q = (each.ravel() / each.sum() for each in small)
+    expected = float(ot.emd2(p, q, ot.dist(centres, centres, metric="euclidean")))
+    assert metrics.emd(maps[0], maps[1]).item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_emd_without_pot_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
     with pytest.raises(ImportError, match=r"saccade\[metrics\]"):
@@ -227,6 +224,17 @@ def test_evaluate_maps_gives_what_the_functions_give(case):
         "information_gain": metrics.information_gain(case.prediction, case.target + 1e-3, *fixed),
         "num_fixations": case.valid.sum(dim=1),
     }
+    assert got.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(got[name], values, msg=name)
+
+
+def test_fixations_as_maps_score_as_points_do(case):
+    counts = fixation_counts(case.points, case.valid, tuple(case.prediction.shape[1:]))
+    given = {"negatives": case.negatives, "negatives_valid": case.negatives_valid, "baseline": case.target + 1e-3}
+    points, valid = fixations_from_maps(counts)
+    got = metrics.evaluate_maps(case.prediction, fixations=points, valid=valid, **given)
+    expected = metrics.evaluate_maps(case.prediction, fixations=case.points, valid=case.valid, **given)
     assert got.keys() == expected.keys()
     for name, values in expected.items():
         torch.testing.assert_close(got[name], values, msg=name)
@@ -363,14 +371,77 @@ def test_an_empty_batch_has_empty_results():
     assert all(values.shape == (0,) for values in got.values())
 
 
+def by_torch(name: str, *maps: torch.Tensor, **options) -> torch.Tensor:
+    """The same metric in float64 and as torch operators over the whole batch, as for a gradient."""
+    doubled = [each.double().requires_grad_() for each in maps]
+    return getattr(metrics, name)(*doubled, **options).detach()
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-def test_sums_over_many_blocks_are_the_whole(threads):
+@pytest.mark.parametrize("size", [(1, 3), (64, 128), (64, 129), (300, 400)])
+def test_sums_over_many_blocks_are_the_whole(threads, size):
     torch.set_num_threads(threads)
-    maps, target = torch.rand(2, 300, 400, dtype=torch.float64), torch.rand(2, 300, 400, dtype=torch.float64)
+    maps, target = torch.rand(2, *size, dtype=torch.float64) - 0.1, torch.rand(2, *size, dtype=torch.float64)
     for name in ("kld", "cc", "sim"):
-        with torch.no_grad():
-            blocks = getattr(metrics, name)(maps - 0.1, target)
-        torch.testing.assert_close(blocks, getattr(metrics, name)(maps - 0.1, target), atol=1e-12, rtol=0)
+        blocks = getattr(metrics, name)(maps, target)
+        torch.testing.assert_close(blocks, by_torch(name, maps, target), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["offset", "negative", "tiny", "huge", "zeros", "sharp"])
+def test_float32_maps_of_any_range_keep_their_digits(kind):
+    maps, target = torch.rand(2, 150, 200), torch.rand(2, 150, 200)
+    points = torch.rand(2, 30, 2) * 150
+    if kind == "offset":
+        maps, target = 100 + 0.01 * maps, 1000 + target
+    elif kind == "negative":
+        maps, target = maps - 50, target - 0.5
+    elif kind in ("tiny", "huge"):
+        factor = 1e-25 if kind == "tiny" else 1e25
+        maps, target = maps * factor, target / factor
+    elif kind == "zeros":
+        maps, target = maps * (maps > 0.9), target * (target > 0.9)
+    else:
+        maps, target = maps**30, target**40
+    for name in ("kld", "cc", "sim"):
+        got = getattr(metrics, name)(maps, target).double()
+        torch.testing.assert_close(got, by_torch(name, maps, target), atol=2e-6, rtol=1e-6, msg=f"{name} {got}")
+    got = metrics.sim(maps, target, minmax=True).double()
+    torch.testing.assert_close(got, by_torch("sim", maps, target, minmax=True), atol=2e-6, rtol=0)
+    got = metrics.nss(maps, points).double()
+    torch.testing.assert_close(got, metrics.nss(maps.double(), points), atol=2e-6, rtol=0)
+    got = metrics.auc_judd(maps, points).double()
+    torch.testing.assert_close(got, metrics.auc_judd(maps.double(), points), atol=1e-6, rtol=0)
+
+
+def test_full_size_float32_maps_of_osie(pysaliency, osie):
+    """As the field measures: 800x600 maps in float32; every metric of `evaluate_maps` against pysaliency."""
+    gaze = [np.concatenate(image) for image in osie[:3]]
+    human = np.stack([fixation_density(points, size=(600, 800), sigma=24, grid=(600, 800)) for points in gaze])
+    human = (human + 1e-9).astype(np.float32)
+    case = Case(pysaliency, prediction=np.roll(human, 1, axis=0) ** np.float32(0.5), target=human, points=gaze)
+    got = metrics.evaluate_maps(
+        case.prediction, target=case.target, fixations=case.points, valid=case.valid,
+        negatives=case.negatives, negatives_valid=case.negatives_valid, baseline=case.target[0],
+    )  # fmt: skip
+    model, stimuli, fixations = case.model, case.stimuli, case.fixations
+    pairs = list(zip(case.prediction.double().numpy(), case.target.double().numpy(), strict=True))
+    judd = {"nonfixations": "unfixated", "thresholds": "fixations"}
+    normal = pysaliency.models.SaliencyMapNormalizingModel
+    base = normal(case.as_model(pysaliency, np.repeat(human[:1], 3, axis=0).astype(float)), minimum_value=0)
+    own = normal(case.as_model(pysaliency, case.prediction.double().numpy()), minimum_value=0)
+    expected = {
+        "nss": per_image(case, model.NSSs(stimuli, fixations)),
+        "kld": [float(pysaliency.metrics.MIT_KLDiv(p, q)) for p, q in pairs],
+        "cc": [float(pysaliency.metrics.CC(p, q)) for p, q in pairs],
+        "sim": [float(pysaliency.metrics.SIM(p, q)) for p, q in pairs],
+        "auc_judd": model.AUC_per_image(stimuli, fixations, **judd),
+        "auc_borji": model.AUC_per_image(stimuli, fixations, nonfixations="uniform"),
+        "auc_shuffled": model.AUC_per_image(stimuli, fixations, nonfixations="shuffled"),
+        "information_gain": per_image(case, own.information_gains(stimuli, fixations, baseline_model=base)),
+    }
+    for name, values in expected.items():
+        values = torch.as_tensor(np.array(values), dtype=torch.float64)
+        torch.testing.assert_close(got[name].double(), values, msg=f"{name} {got[name]} {values}", **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["kld", "cc", "sim", "nss", "information_gain"])

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import list_checkpoints, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from engine.checkpoint import Retention, list_checkpoints, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from engine.errors import InputError
 
 
 def test_round_trip_keeps_values_and_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         tensors = {"model": {"w": torch.full((2,), float(step))}}
-        save_checkpoint(tmp_path, step=step, tensors=tensors, state={"extra": {"n": step}}, keep=2)
+        save_checkpoint(tmp_path, step=step, tensors=tensors, state={"extra": {"n": step}}, retention=Retention(last=2))
     found = list_checkpoints(tmp_path)
     assert [p.name for p in found] == ["step-000000002", "step-000000003"]
     step, tensors, state = load_checkpoint(found[-1])

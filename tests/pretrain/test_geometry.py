@@ -10,7 +10,7 @@ from PIL import Image
 
 from attention.maps import crop_mass, warp
 from pretrain.config import ViewsConfig
-from pretrain.views import cut_views, draw_view, view_generator
+from pretrain.views import cut_views, draw_views
 
 GRID = 56
 
@@ -27,8 +27,9 @@ def test_a_delta_lands_on_the_same_pixel_as_the_image_content(
 ) -> None:
     """A white spot in the image and a delta in its map at the same place: in the view their centres agree."""
     size = GRID
-    view = draw_view(view_generator(0, epoch=0, sample=sample, view=0), ViewsConfig(), height=height, width=width)
-    top, left, tall, wide = view.box
+    views = draw_views(ViewsConfig(), seed=0, epochs=[0], samples=[sample], sizes=[(height, width)], num_views=1)
+    crop, flip = views.crops[0, 0], views.flips[0]
+    top, left, tall, wide = crop / (height, width, height, width)
     row, column = int((top + place[0] * tall) * GRID), int((left + place[1] * wide) * GRID)
     y, x = np.mgrid[0:height, 0:width] + 0.5
     centre = ((row + 0.5) / GRID * height, (column + 0.5) / GRID * width)
@@ -39,10 +40,12 @@ def test_a_delta_lands_on_the_same_pixel_as_the_image_content(
 
     density = torch.zeros(1, GRID, GRID)
     density[0, row, column] = 1
-    box = torch.tensor([view.box])
+    box = torch.tensor([[top, left, tall, wide]])
     assert crop_mass(density, box).item() > 0.99
-    pixels = cut_views(buffer.getvalue(), [view], size=size)[0].astype(float).mean(-1)
-    moved = warp(density, box, torch.tensor([view.flip]), (size, size))[0].numpy()
+    out = np.empty((1, size, size, 3), dtype=np.uint8)
+    cut_views(buffer.getvalue(), [crop.tolist()], flip.tolist(), stored=(height, width), out=out)
+    pixels = out[0].astype(float).mean(-1)
+    moved = warp(density, box, torch.from_numpy(flip), (size, size))[0].numpy()
     found = [centre_of(np.where(m > 0.2 * m.max(), m, 0)) for m in (pixels, moved)]
     assert np.abs(np.subtract(*found)).max() < 1.5
 

@@ -1,4 +1,4 @@
-"""One config under four launchers, and a run that is stopped under one and goes on under another."""
+"""One config under four launchers: the same losses, and clear words where one cannot be had."""
 
 import json
 from collections.abc import Callable
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from tests.pretrain.runs import pretrain
 from tests.tools import REPOSITORY, accelerate, run_python
 
 MAIN = REPOSITORY / "pretrain" / "main.py"
@@ -52,15 +54,13 @@ def test_with_batch_norm_equal_local_batches_agree(student_config: Callable[...,
     assert np.abs(found["cpu2_ddp"] - found["python"]).max() > 1e-3
 
 
-@pytest.mark.parametrize(("first", "second"), [("cpu2_zero2", "python"), ("python", "cpu2_zero2")])
-def test_a_run_goes_on_under_another_launcher(
-    student_config: Callable[..., Path], tmp_path: Path, first: str, second: str
-) -> None:
-    """Checkpoints hold whole tensors by name: ZeRO 2 on two ranks and one plain process read each other's."""
-    config = student_config(model__backbone="test_vit", model__head_norm="none", max_steps=6)
-    launch("python", "--config", config, "--run", "whole")
-    stop = ("--config", config, "--run", "parts", "--loop.stop_after", 3)
-    done = run_python(MAIN, *stop) if first == "python" else accelerate(first, MAIN, *stop)
-    assert "stopped: after step 3 of 6" in done.stderr, done.stderr[-4000:]
-    assert "resumed" in launch(second, "--config", config, "--run", "parts")
-    np.testing.assert_allclose(losses(tmp_path / "runs", "parts"), losses(tmp_path / "runs", "whole"), atol=1e-4)
+def test_fp16_needs_a_gpu(student_config: Callable[..., Path]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "precision fp16 needs a GPU" in pretrain(student_config(precision="fp16"), code=2)
+
+
+def test_zero_without_a_stage_is_refused(student_config: Callable[..., Path]) -> None:
+    variables = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}
+    output = pretrain(student_config(), code=2, zero=1, environment=variables)
+    assert "ZeRO stage 0 is not supported: set zero_stage to 1, 2 or 3" in output

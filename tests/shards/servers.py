@@ -10,7 +10,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,11 @@ http {{
   client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
   uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
   server {{ listen 127.0.0.1:{port}; root "{root}"; gzip on; gzip_types *; gzip_min_length 1; }}
+  {tls}
 }}
+"""
+TLS = """
+  server {{ listen 127.0.0.1:{port} ssl; root "{root}"; ssl_certificate {cert}; ssl_certificate_key {key}; }}
 """
 
 
@@ -50,15 +56,37 @@ def _running(command: Sequence[str], port: int) -> Iterator[int]:
         process.wait(timeout=10)
 
 
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 that nobody but itself vouches for, and its key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from cryptography.x509.oid import NameOID
+
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    builder = builder.add_extension(address, critical=False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    certificate, secret = folder / "certificate.pem", folder / "key.pem"
+    certificate.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    secret.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return certificate, secret
+
+
 @contextmanager
-def nginx(root: Path, folder: Path) -> Iterator[int]:
-    """nginx serving `root`; the port. `folder` takes its files."""
-    port = free_port()
+def nginx(root: Path, folder: Path, *, tls: tuple[Path, Path] | None = None) -> Iterator[int]:
+    """nginx serving `root`; its port, that of https where a certificate and key are given. `folder` takes its files."""
+    port, secure = free_port(), free_port()
+    more = TLS.format(port=secure, root=root, cert=tls[0], key=tls[1]) if tls else ""
     user = "user root;" if os.geteuid() == 0 else ""
     config = folder / "nginx.conf"
-    config.write_text(NGINX.format(folder=folder, root=root, port=port, user=user))
-    with _running(["nginx", "-c", str(config), "-e", str(folder / "error.log")], port):
-        yield port
+    config.write_text(NGINX.format(folder=folder, root=root, port=port, user=user, tls=more))
+    with _running(["nginx", "-c", str(config), "-e", str(folder / "error.log")], secure if tls else port) as found:
+        yield found
 
 
 @contextmanager
@@ -67,6 +95,20 @@ def moto_s3() -> Iterator[int]:
     port = free_port()
     with _running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port):
         yield port
+
+
+@contextmanager
+def google_storage(bucket: str) -> Iterator[int]:
+    """A Google Cloud Storage API with one bucket; the port."""
+    from gcp_storage_emulator.server import create_server
+
+    port = free_port()
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket=bucket)
+    server.start()
+    try:
+        yield port
+    finally:
+        server.stop()
 
 
 class SpoilingProxy(ThreadingHTTPServer):

@@ -1,6 +1,7 @@
 """Decoding: the fast and the slow door give the upright RGB image."""
 
 import io
+import pickle
 from collections.abc import Callable
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from shards import decode
-from shards.decode import decode_rgb, file_extension, image_size, jpeg_header
+from shards.decode import MAX_SCRATCH_BYTES, Scratch, decode_rgb, file_extension, image_size, jpeg_header
 
 PICTURE = Image.fromarray(
     np.dstack(
@@ -47,6 +48,33 @@ def test_ordinary_jpegs_take_the_fast_door_and_match_pillow(
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert pixels.shape == (40, 60, 3) and image_size(data) == (40, 60) and file_extension(data) == "jpg"
     assert np.abs(pixels.astype(int) - expected).mean() < 1
+
+
+@pytest.mark.parametrize("size", [(90, 120), (91, 119), (375, 500)])
+def test_fast_colour_is_close_and_leaves_brightness_alone(size: tuple[int, int]) -> None:
+    image = PICTURE.resize((10, 8)).resize(size[::-1], Image.Resampling.BICUBIC)
+    data = encoded(image, "JPEG", quality=90, subsampling=2)
+    exact, fast = (decode_rgb(data, fast_colour=fast).astype(int) for fast in (False, True))
+    weights = np.array([0.299, 0.587, 0.114])
+    assert exact.shape == fast.shape == (*size, 3) and 0 < np.abs(exact - fast).mean() < 2
+    assert np.abs((exact - fast) @ weights).mean() < 0.5
+    for other in (encoded(image.convert("L"), "JPEG"), encoded(image, "JPEG", subsampling=0), oriented(6)):
+        np.testing.assert_array_equal(decode_rgb(other, fast_colour=True), decode_rgb(other))
+
+
+@pytest.mark.parametrize("min_size", [None, (50, 60)])
+def test_scratch_memory_changes_nothing_and_is_used_again(min_size: tuple[int, int] | None) -> None:
+    scratch = Scratch()
+    images = [PICTURE.resize(size, Image.Resampling.BICUBIC) for size in ((640, 480), (64, 80), (100, 200), (640, 480))]
+    files = [encoded(image, "JPEG", quality=90) for image in images] + [encoded(PICTURE, "PNG"), oriented(6)]
+    starts = []
+    for data in files:
+        expected = decode_rgb(data, min_size=min_size)
+        pixels = decode_rgb(data, min_size=min_size, scratch=scratch)
+        np.testing.assert_array_equal(pixels, expected)
+        starts.append(pixels.ctypes.data)
+    assert len(set(starts[:4])) == 1 and starts[0] % 32 != 0 and not {*starts[4:]} & {starts[0]}
+    assert len(pickle.dumps(scratch)) < 100 and scratch.take(MAX_SCRATCH_BYTES + 1) is None
 
 
 def test_grey_jpegs_become_rgb() -> None:
