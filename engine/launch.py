@@ -26,11 +26,16 @@ def build_accelerator(*, precision: Precision = "no", seed: int = 0) -> Accelera
 
     Raises:
         InputError: the rendezvous host cannot be resolved, the launcher's settings do not connect the ranks, or fp16 is
-            asked for without a GPU.
+            asked for without a GPU or under DeepSpeed.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     on_cpu = not torch.cuda.is_available()
+    if deepspeed and precision == "fp16":
+        raise InputError(
+            "precision fp16 under DeepSpeed ZeRO would train without loss scaling beside autocast: set precision to "
+            "bf16, or launch with DDP"
+        )
     if on_cpu and precision == "fp16":
         raise InputError("precision fp16 needs a GPU, and there is none: set precision to bf16 or no")
     if on_cpu:
@@ -66,6 +71,10 @@ def configure_deepspeed(accelerator: Accelerator, module: nn.Module, *, local_ba
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["train_micro_batch_size_per_gpu"] = local_batch
         settings["gradient_clipping"] = clip_norm
+        if accelerator.mixed_precision == "bf16":
+            # DeepSpeed's own bf16 casts weights but neither inputs nor buffers; autocast is what the other launchers do
+            settings["bf16"] = {"enabled": False}
+            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
         if _zero_stage(accelerator) == 3:
             module.register_forward_hook(_as_named_tuple)
 

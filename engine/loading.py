@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.errors import InputError
 from engine.forking import end_opencv_threads
-from engine.stop import ignore_stop_signals
+from engine.stop import outlast_stop_signals
 from engine.training import Training
 
 
@@ -81,7 +81,7 @@ def single_thread_worker(worker_id: int) -> None:
     """One thread per worker: the workers are the parallelism, and OpenCV's own threads would fight over the cores."""
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    ignore_stop_signals(worker_id)
+    outlast_stop_signals(worker_id)
 
 
 def make_loader(dataset: Dataset[Any], batches: Any, *, num_workers: int) -> DataLoader[Any]:

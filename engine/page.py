@@ -82,6 +82,10 @@ class Page:
         """Add plain text."""
         self.parts.append(f"<p>{html.escape(text)}</p>")
 
+    def note(self, text: str) -> None:
+        """Add small print that is not ours, in grey."""
+        self.parts.append(f'<p class="grey">{html.escape(text)}</p>')
+
     def code(self, text: str) -> None:
         """Add preformatted text."""
         self.parts.append(f"<pre>{html.escape(text)}</pre>")

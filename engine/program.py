@@ -85,6 +85,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def _builtin(value: Any) -> Any:
     """Inside containers jsonargparse leaves its range-checked number types, which YAML cannot write."""
+    if is_dataclass(value):
+        return config_to_dict(value)
     return next((kind(value) for kind in (bool, int, float) if isinstance(value, kind)), value)
 
 

@@ -103,8 +103,11 @@ def load_optimizer_state(accelerator: Accelerator, module: nn.Module, optimizer:
     if not uses_deepspeed(accelerator):
         for name, slots in state.items():
             p = parameters[name]
-            # scalars such as Adam's step count stay on the CPU, where the optimisers keep them
-            optimizer.optimizer.state[p] = {k: v.clone() if v.dim() == 0 else v.to(p.device) for k, v in slots.items()}
+            # scalars such as Adam's step count live on the CPU, but for fused optimisers on a GPU
+            place = p.device if optimizer.optimizer.defaults.get("fused") else torch.device("cpu")
+            optimizer.optimizer.state[p] = {
+                k: v.to(place, copy=True) if v.dim() == 0 else v.to(p.device) for k, v in slots.items()
+            }
         return
     zero = optimizer.optimizer
     example = next(iter(state.values()))

@@ -9,6 +9,8 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Launchers pass a signal on that the scheduler has sent to every process already: one request, not two.
 ONE_REQUEST_S = 5.0
+# Longer than any step: until then the training has taken the worker's last batch and saved.
+WORKER_GRACE_S = 120
 
 
 class StopRequest:
@@ -53,7 +55,12 @@ class StopRequest:
             self.reason = signal.Signals(number).name
 
 
-def ignore_stop_signals(worker_id: int = 0) -> None:
-    """For data-loader workers: a scheduler signals the whole process group, and the batch in flight must survive it."""
+def outlast_stop_signals(worker_id: int = 0) -> None:
+    """For data-loader workers: a scheduler signals the whole process group, and the batch in flight must survive it.
+
+    A worker asked by SIGTERM ends `WORKER_GRACE_S` later: a loader that is not read to its end terminates its workers
+    that way when the program ends, and would wait for ever for one that never does.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE_S))

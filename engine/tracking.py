@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,14 @@ class Tracker:
 
             items = [wandb.Image(p, caption=c) for p, c in zip(pictures, captions, strict=True)]
             self._wandb.log({"step": step, name: items}, step=step)
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int) -> None:
+        """Send a table of numbers, text and None to W&B; its step may lie before the last one logged."""
+        if self._wandb is not None:
+            import wandb
+
+            content = wandb.Table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)
+            self._wandb.log({"step": step, name: content})
 
     def finish(self, *, failed: bool = False) -> None:
         """Flush and close W&B."""

@@ -37,7 +37,10 @@ Reporter = Callable[[str], None]
 
 # What may differ between two parts of one run: it changes how fast the same result is reached, not the result. The data
 # may have moved; what it holds is compared by its digest (`Training.identity`).
-FREE_KEYS = frozenset({"loop", "runs", "optim.micro_batch", "data.shards", "data.labels", "data.train", "data.val"})
+FREE_KEYS = frozenset(
+    {"loop", "runs", "online", "diagnostics_every", "optim.micro_batch"}
+    | {f"data.{name}" for name in ("shards", "labels", "gaze", "train", "val", "path")}
+)
 LAST_SAVE_S = 60.0
 
 

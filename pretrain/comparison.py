@@ -1,191 +1,207 @@
-"""The comparing report: a table, curves and a gallery from what teacher, students and probes left behind."""
+"""The report: tables, curves and a gallery from what teacher, students and probes left behind."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Table
-from safetensors.numpy import load_file
 
+from engine.environment import environment
 from engine.errors import InputError
-from engine.files import atomic_write
-from engine.page import Page, curves_svg, overlay
+from engine.files import atomic_write, write_json
+from engine.page import Page
 from engine.progress import report
 from engine.runs import RunFolder, check_run_name
+from engine.tracking import Tracker
 from pretrain.report_config import ReportConfig
-from shards.decode import decode_rgb
-from shards.gaze import GazeTarget, load_targets
-from shards.reader import ShardSet
-
-COLUMNS = {
-    "linear_probe/top1": "linear top-1 %",
-    "attention/nss": "NSS",
-    "attention/kld": "KLD",
-    "attention/cc": "CC",
-}
-THUMBNAIL = 160
+from pretrain.report_corruptions import by_severity, imagenet_c_by_corruption, imagenet_c_by_group
+from pretrain.report_curves import add_retrieval_curves, add_severity_curves, add_training_curves
+from pretrain.report_gallery import add_gallery
+from pretrain.report_origin import add_origin, origin_tables, unlike
+from pretrain.report_runs import Group, metrics_of, open_groups
+from pretrain.report_tables import Cell, Numbers, TableOf, alignment, others, overview, plain_table
 
 
 def compare(config: ReportConfig) -> None:
-    """Write the report of `config`.
+    """Write `report/index.html`, its plain twin `report/summary.md` and `summary.json`, and print the first table.
 
     Raises:
-        InputError: a run that is missing or was not probed.
+        InputError: a run that is missing, none that was probed, or a name that belongs to another training.
     """
     check_run_name(config.name)
-    students = {_label(run, config): run for run in (RunFolder(config.runs / name) for name in config.students)}
-    teacher = RunFolder(config.runs / config.teacher) if config.teacher else None
-    rows = {label: _metrics(run) for label, run in students.items()}
-    for values in list(rows.values()):
-        if "linear_probe/random_init_top1" in values:
-            rows["random init"] = {"linear_probe/top1": values["linear_probe/random_init_top1"]}
-    if teacher is not None:
-        found = _metrics(teacher)
-        rows["teacher"] = {k: v for k, v in found.items() if not k.startswith("centre_bias/")}
-        rows["centre bias"] = {
-            k.replace("centre_bias/", "attention/"): v for k, v in found.items() if k.startswith("centre_bias/")
-        }
     folder = RunFolder(config.runs / config.name)
-    _write_summary(folder, rows, students)
-    table = [[label, *(_cell(metrics, key) for key in COLUMNS)] for label, metrics in rows.items()]
-    columns = ["", *COLUMNS.values()]
-    page = _page(config, students, teacher, columns, table)
+    if folder.config_file.is_file() and config.name not in config.students:
+        raise InputError(f"{folder.path} is a training's own folder: choose another --name for the report")
+    groups = open_groups([RunFolder(config.runs / name) for name in config.students])
+    teacher = RunFolder(config.runs / config.teacher) if config.teacher else None
+    scores = metrics_of(teacher) if teacher is not None else {}
+    if teacher is not None and not scores:
+        raise InputError(f"{teacher.path} has no summary.json with metrics: finish the teacher first, or give none")
+    numbers = Numbers()
+    numbers.add_groups(groups)
+    numbers.add_references(groups, scores)
+    tables = make_tables(groups, numbers)
+    page = _page(config, groups, teacher, tables, numbers)
+    (folder.path / "report").mkdir(parents=True, exist_ok=True)
+    _write_summary(folder, config, groups, tables, numbers)
     page.write(folder.path / "report" / "index.html")
-    _write_markdown(folder.path / "report" / "summary.md", config.name, columns, table)
-    _print(config.name, columns, table)
+    _write_markdown(folder.path / "report" / "summary.md", config.name, _runs(groups), tables, numbers)
+    _track(config, folder, tables, numbers, groups)
+    _print(config.name, tables[0], numbers)
     report(f"report: {folder.path / 'report' / 'index.html'}")
 
 
-def _label(run: RunFolder, config: ReportConfig) -> str:
-    """The run's arm, or its name where two compared runs share an arm."""
-    arms = [str(RunFolder(config.runs / name).read_config().get("arm", name)) for name in config.students]
-    own = str(run.read_config().get("arm", run.name))
-    return own if arms.count(own) == 1 else run.name
+def summary_path(folder: RunFolder, config: ReportConfig) -> Path:
+    """A report in a student's own folder leaves that run's summary alone."""
+    own = config.name in config.students
+    return folder.path / "report" / "summary.json" if own else folder.summary_file
 
 
-def _metrics(run: RunFolder) -> dict[str, float]:
-    metrics = run.read_summary().get("metrics")
-    if not metrics:
-        raise InputError(f"{run.path} has no summary.json with metrics: finish the run and probe it first")
-    return metrics
-
-
-def _write_summary(folder: RunFolder, rows: dict[str, dict[str, float]], students: dict[str, RunFolder]) -> None:
-    metrics: dict[str, float] = {}
-    for label, values in rows.items():
-        if label == "centre bias":
-            metrics |= {key.replace("attention/", "centre_bias/"): v for key, v in values.items()}
-            continue
-        keep = ("linear_probe/", "attention/")
-        metrics |= {f"{label}/{key}": v for key, v in values.items() if key.startswith(keep)}
-    sources = {label: run.read_summary() for label, run in students.items()}
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.write_summary(
-        metrics,
-        step=max(int(s.get("step", 0)) for s in sources.values()),
-        protocols={label: s.get("protocols", {}) for label, s in sources.items()},
-        runs={label: run.name for label, run in students.items()},
-    )
+def make_tables(groups: Sequence[Group], numbers: Numbers) -> list[TableOf]:
+    """All tables that have a number, the overview first."""
+    ranks = dict.fromkeys(key for g in groups for key in g.values if key.startswith("retrieval/p_at_"))
+    precision = {key: f"P@{key.removeprefix('retrieval/p_at_')}" for key in ranks}
+    shares = dict.fromkeys(key for g in groups for key in g.values if key.startswith("finetune/"))
+    tuned = {key: key.removeprefix("finetune/").removesuffix("/top1") + " %" for key in shares}
+    moved = {f"robust_gaze/{name}/kld": f"{name}, nats" for name in ("noise", "blur", "weather", "digital")}
+    gaze = {"robust_gaze/kld": "KLD, nats", "robust_gaze/lost": "top-1 lost, points", **moved}
+    gaze["robust_gaze/correlation"] = "correlation of the two"
+    speed = {"train/loss": "last loss", "train/nt_xent": "NT-Xent", "train/attention": "attention loss"}
+    speed |= {"time/images_per_s": "images/s", "time/data_wait": "share of time waiting for data"}
+    found = [
+        overview(groups, numbers),
+        alignment(groups, numbers),
+        imagenet_c_by_group(groups),
+        imagenet_c_by_corruption(groups),
+        imagenet_c_by_corruption(groups, ce=True),
+        by_severity(groups),
+        plain_table(
+            groups, gaze, name="robust_gaze", title="How far attention moves under corruption", digits=3,
+            caption="KLD from the map on the corrupted image to the map on the clean one, beside the accuracy lost.",
+        ),
+        plain_table(
+            groups, {"retrieval/map": "mAP", **precision}, name="retrieval", title="Retrieval", digits=3,
+            caption="Images of the query's class among the nearest by cosine similarity, 0 to 1.",
+        ),
+        plain_table(
+            groups, tuned, name="finetune", title="Fine-tuning on few labels",
+            caption="Top-1 in percent by share of labels; scratch: from random weights.",
+        ),
+        *others(groups),
+        plain_table(
+            groups, speed, name="training", title="Training", digits=3,
+            caption="At the end of training; times are medians over the run.",
+        ),
+    ]  # fmt: skip
+    return [table for table in found if table is not None]
 
 
 def _page(
     config: ReportConfig,
-    students: dict[str, RunFolder],
+    groups: Sequence[Group],
     teacher: RunFolder | None,
-    columns: list[str],
-    table: list[list[str]],
+    tables: Sequence[TableOf],
+    numbers: Numbers,
 ) -> Page:
     page = Page(f"Saccade: {config.name}")
-    page.table(columns, table, caption=_table_caption(students))
-    page.heading("Training")
-    for key, title in (("train/nt_xent", "NT-Xent"), ("train/attention", "attention loss"), ("train/loss", "loss")):
-        curves = {label: _curve(run, key) for label, run in students.items()}
-        if teacher is not None and key == "train/loss":
-            page.plot(_svg({"teacher": _curve(teacher, key)}, title), alt="teacher's loss by step", caption="Teacher")
-        curves = {label: curve for label, curve in curves.items() if curve[0]}
-        if curves:
-            page.plot(_svg(curves, title), alt=f"{title} by step", caption=f"Students: {title}")
-    if config.gaze is not None and config.num_pictures:
-        page.heading("Where they look")
-        _gallery(page, config, students, teacher)
-    page.heading("Where the runs came from")
-    for label, run in students.items():
-        summary = run.read_summary()
-        origin = {key: summary.get(key) for key in ("data", "protocols", "environment")}
-        page.paragraph(f"{label}: {run.name}, {summary.get('step')} steps")
-        page.code(yaml.safe_dump(origin | {"config": run.read_config()}, sort_keys=False))
+    drawings = {"by_severity": add_severity_curves, "retrieval": add_retrieval_curves}
+    for table in tables:
+        page.heading(table.title)
+        page.table(table.columns, _texts(table, numbers), caption=table.caption)
+        if table.after:
+            page.note(table.after)
+        if table.name in drawings:
+            drawings[table.name](page, groups)
+        if table.name == tables[0].name and config.gaze is not None and config.num_pictures:
+            page.heading("Where they look")
+            add_gallery(page, config, groups, teacher)
+    page.heading("Curves")
+    add_training_curves(page, groups, teacher)
+    add_origin(page, _runs(groups))
     return page
 
 
-def _table_caption(students: dict[str, RunFolder]) -> str:
-    """What the numbers were measured on, in one sentence; the details stand at the end of the page."""
-    protocols = next(iter(students.values())).read_summary().get("protocols", {})
-    linear, gaze = protocols.get("linear_probe", {}), protocols.get("alignment", {})
-    parts = []
-    if linear:
-        parts.append(f"linear probe on {linear['val']['samples']} validation images, seed {linear['seed']}")
-    if gaze:
-        parts.append(f"attention against human gaze on {gaze['gaze']['scored']} images, 1/{gaze['stride']} resolution")
-    return "; ".join(parts) + ". KLD: lower is better; the rest: higher." if parts else "Not probed yet."
+def _texts(table: TableOf, numbers: Numbers) -> list[list[str]]:
+    return [[numbers.text(cell) for cell in row] for row in table.rows]
 
 
-def _svg(curves: dict[str, Any], title: str) -> bytes:
-    return curves_svg(curves, x_label="step", y_label=title)
+def _write_summary(
+    folder: RunFolder, config: ReportConfig, groups: Sequence[Group], tables: Sequence[TableOf], numbers: Numbers
+) -> None:
+    """Replace the summary as a whole: what an earlier report said of other runs is gone."""
+    summaries = {run.name: run.read_summary() for group in groups for run in group.runs}
+    labels = {group.label: [run.name for run in group.runs] for group in groups}
+    shown = [{"name": t.name, "title": t.title, "columns": t.columns, "rows": _texts(t, numbers)} for t in tables]
+    content: dict[str, Any] = {
+        "run": config.name,
+        "step": max(int(summary.get("step", 0)) for summary in summaries.values()),
+        "metrics": numbers.metrics,
+        "environment": environment(),
+        "protocols": {name: summary.get("protocols", {}) for name, summary in summaries.items()},
+        "runs": labels,
+        "partial": {group.label: group.gaps for group in groups if group.gaps},
+        "tables": shown,
+    }
+    write_json(summary_path(folder, config), content)
 
 
-def _curve(run: RunFolder, key: str) -> tuple[list[float], list[float]]:
-    points = [(line["step"], float(line[key])) for line in run.metrics() if key in line]
-    return [p[0] for p in points], [p[1] for p in points]
-
-
-def _gallery(page: Page, config: ReportConfig, students: dict[str, RunFolder], teacher: RunFolder | None) -> None:
-    assert config.gaze is not None
-    gaze = ShardSet(config.gaze)
-    maps = {label: _load_maps(run.path / "probe" / "alignment.safetensors") for label, run in students.items()}
-    if teacher is not None:
-        maps = {"teacher": _load_maps(teacher.path / "maps.safetensors"), **maps}
-    maps = {label: found for label, found in maps.items() if found}
-    targets = [t for t in load_targets(gaze) if all(t.key in found for found in maps.values())]
-    step = max(1, len(targets) // config.num_pictures)
-    rows = [_gallery_row(gaze, target, maps) for target in targets[::step][: config.num_pictures]]
-    page.gallery(["image", "human", *maps], rows, caption="Attention maps on held-out images, brightest where highest")
-
-
-def _gallery_row(
-    gaze: ShardSet, target: GazeTarget, maps: dict[str, dict[str, np.ndarray]]
-) -> list[tuple[np.ndarray, str]]:
-    image = decode_rgb(gaze.read(target.shard, target.row).image)
-    scale = THUMBNAIL / max(image.shape[:2])
-    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    human = target.density((image.shape[0] // 4, image.shape[1] // 4))
-    row = [(image, f"image {target.key}"), (overlay(image, human), f"human attention on {target.key}")]
-    return row + [(overlay(image, found[target.key]), f"{label} on {target.key}") for label, found in maps.items()]
-
-
-def _load_maps(path: Path) -> dict[str, np.ndarray]:
-    return load_file(path) if path.is_file() else {}
-
-
-def _cell(metrics: dict[str, float], key: str) -> str:
-    if key not in metrics:
-        return ""
-    return f"{metrics[key]:.1f}" if key.endswith("top1") else f"{metrics[key]:.3f}"
-
-
-def _write_markdown(path: Path, name: str, columns: list[str], table: list[list[str]]) -> None:
-    lines = [f"# {name}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in table]
+def _write_markdown(
+    path: Path, name: str, runs: Sequence[RunFolder], tables: Sequence[TableOf], numbers: Numbers
+) -> None:
+    """What the page says, as text: everything but drawings and pictures."""
+    lines = [f"# {name}"]
+    for table in tables:
+        lines += ["", f"## {table.title}", "", table.caption, ""]
+        lines += _markdown_table(table.columns, _texts(table, numbers))
+        lines += ["", table.after] if table.after else []
+    for number, (title, columns, rows) in enumerate(origin_tables(runs)):
+        lines += ["", f"## {title}", ""]
+        lines += [f"{sentence}\n" for sentence in (unlike(runs) if number == 0 else ())]
+        lines += _markdown_table(columns, rows) if rows else ["Nothing."]
     atomic_write(path, ("\n".join(lines) + "\n").encode())
 
 
-def _print(name: str, columns: list[str], table: list[list[str]]) -> None:
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *body)]
+
+
+def _runs(groups: Sequence[Group]) -> list[RunFolder]:
+    return [run for group in groups for run in group.runs]
+
+
+def _track(
+    config: ReportConfig, folder: RunFolder, tables: Sequence[TableOf], numbers: Numbers, groups: Sequence[Group]
+) -> None:
+    """Send the tables to W&B: a column of numbers, and one of deviations where there are any."""
+    if config.tracker == "none":
+        return
+    step = max((int(run.read_summary().get("step", 0)) for group in groups for run in group.runs), default=0)
+    tracker = Tracker(folder, backend=config.tracker, project=config.project, config={"students": config.students})
+    for table in tables:
+        tracker.table(f"report/{table.name}", *_columns_and_rows(table, numbers), step=step)
+    tracker.finish()
+
+
+def _columns_and_rows(table: TableOf, numbers: Numbers) -> tuple[list[str], list[list[Any]]]:
+    found: dict[str, list[Any]] = {}
+    for column, cells in zip(["row", *table.columns[1:]], zip(*table.rows, strict=True), strict=True):
+        keys = [cell.key if isinstance(cell, Cell) else "" for cell in cells]
+        deviations = [numbers.metrics.get(f"{key}/deviation") for key in keys]
+        if any(isinstance(cell, str) for cell in cells):  # W&B wants one kind of value in a column
+            found[column] = [numbers.text(cell) for cell in cells]
+            continue
+        found[column] = [numbers.metrics.get(key) for key in keys]
+        if any(value is not None for value in deviations):
+            found[f"{column}, deviation"] = deviations
+    return list(found), [list(row) for row in zip(*found.values(), strict=True)]
+
+
+def _print(name: str, table: TableOf, numbers: Numbers) -> None:
     shown = Table(title=name)
-    for i, column in enumerate(columns):
+    for i, column in enumerate(table.columns):
         shown.add_column(column, justify="left" if i == 0 else "right")
-    for row in table:
+    for row in _texts(table, numbers):
         shown.add_row(*row)
     Console().print(shown)

@@ -1,11 +1,11 @@
 """The runs of a report: which of them are one recipe under several seeds, and their numbers with deviations."""
 
-import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from engine.errors import InputError
@@ -144,4 +144,5 @@ def _recipe(run: RunFolder) -> str:
 
 def _common_name(names: list[str]) -> str:
     """The beginning that names share, without what only leads to the seed."""
-    return names[0] if len(names) == 1 else SEED_ENDING.sub("", os.path.commonprefix(names)) or names[0]
+    shared = "".join(letters[0] for letters in takewhile(lambda each: len(set(each)) == 1, zip(*names, strict=False)))
+    return names[0] if len(names) == 1 else SEED_ENDING.sub("", shared) or names[0]

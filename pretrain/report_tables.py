@@ -1,14 +1,13 @@
 """The tables of a report: what stands in which row and column, and the published values beside."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.page import Grey
-from pretrain.evaluators.corruptions import ALL, COMMON, GROUPS, SEVERITIES
 from pretrain.evaluators.registry import OWN
 from pretrain.report_runs import Group
 
-# Top-1 in percent on ImageNet, mean and deviation (Yao et al., CVPR 2023): linear on a frozen ResNet-50, and supervised.
+# Top-1 in percent on ImageNet, mean and deviation (Yao et al., CVPR 2023): linear on frozen weights, and supervised.
 PUBLISHED = {
     ("contrastive", "resnet50"): "67.61 ± 0.04",
     ("contrastive+attention", "resnet50"): "68.23 ± 0.08",
@@ -18,10 +17,6 @@ PUBLISHED = {
     ("supervised", "resnet18"): "69.17 ± 0.07",
     ("supervised+attention", "resnet18"): "69.30 ± 0.04",
 }
-PUBLISHED_IMAGENET_C = (
-    "Published for ResNet-50 on ImageNet-C (Yao et al., 2023), accuracy in four columns whose names are not known: "
-    "contrastive 28.23, 26.16, 43.08, 60.42; with the attention teacher 29.15, 27.10, 44.04, 60.50."
-)
 METRIC_NAMES = {
     "nss": "NSS",
     "kld": "KLD",
@@ -91,6 +86,19 @@ class Numbers:
                 if value.deviation is not None:
                     self.metrics[f"{group.label}/{name}/deviation"] = value.deviation
 
+    def add_references(self, groups: Sequence[Group], teacher: Mapping[str, float]) -> None:
+        """Take in the teacher's alignment, and what needs no model: of the first group that has it, else its."""
+        for name, value in teacher.items():
+            if name.startswith("attention/"):
+                self.metrics[f"teacher/{name}"] = value
+        for baseline in NO_MODEL:
+            for metric in METRIC_NAMES:
+                key = f"attention/{baseline}/{metric}"
+                found = (group.values[key].mean for group in groups if key in group.values)
+                value = next(found, teacher.get(f"{baseline}/{metric}"))
+                if value is not None:
+                    self.metrics[f"{baseline}/{metric}"] = value
+
     def text(self, cell: Cell | str | None) -> str:
         """A cell as page and text show it."""
         if not isinstance(cell, Cell):
@@ -133,110 +141,55 @@ def published(group: Group) -> Grey | None:
     return Grey(f"{value}{', ResNet-18' if backbone == 'resnet18' else ''}") if value else None
 
 
-def imagenet_c_by_group(groups: Sequence[Group]) -> TableOf | None:
-    """Accuracy by group of corruptions, their mean, mCE; partial results carry the number of gaps."""
-    measured = [group for group in groups if "imagenet_c/clean_top1" in group.values]
-    if not measured:
-        return None
-    wanted = ["clean_top1", *(f"{name}/top1" for name in (*GROUPS, "extra")), "mean_top1", "mce", "relative_mce"]
-    rows: list[list[Cell | str | None]] = []
-    for group in measured:
-        row = {name: group_cell(group, f"imagenet_c/{name}") for name in wanted}
-        if "imagenet_c/partial_mean_top1" in group.values:
-            row["mean_top1"] = group_cell(group, "imagenet_c/partial_mean_top1", note=_partial(group))
-            row["mce"] = row["relative_mce"] = None
-        rows.append([group.label, *row.values()])
-    reference = Grey("published: supervised ResNet-50, ImageNet")
-    rows.append([reference, Grey("76.15"), *[None] * (len(GROUPS) + 2), Grey("76.7"), None])
-    headings = ["", "clean %", *(f"{name} %" for name in (*GROUPS, "extra")), "mean of 15 %", "mCE", "relative mCE"]
+def overview(groups: Sequence[Group], numbers: Numbers) -> TableOf:
+    """Arms by what matters most; untrained weights, teacher and centre bias beside."""
+    wanted = {
+        "linear_probe/top1": ("linear top-1 %", 2),
+        "published": (Grey("published top-1 %"), 0),
+        "knn/top1": ("kNN top-1 %", 2),
+        "imagenet_c/mce": ("mCE", 1),
+        "attention/nss": ("NSS", 3),
+        "attention/kld": ("KLD", 3),
+        "attention/cc": ("CC", 3),
+    }
+    rows: list[dict[str, Cell | str | None]] = []
+    for group in groups:
+        row: dict[str, Cell | str | None] = {"": group.label, "runs": _num_runs(group)}
+        row |= {name: group_cell(group, name, digits=digits) for name, (_, digits) in wanted.items()}
+        rows.append(row | {"published": published(group)})
+    _add_floor(groups, numbers)
+    for label, prefix in (("random init", "random init/"), ("teacher", "teacher/"), ("centre bias", "centre_bias/")):
+        keys = {name: prefix + name.removeprefix("attention/" if label == "centre bias" else "") for name in wanted}
+        found = {name: Cell(key, wanted[name][1]) for name, key in keys.items() if key in numbers.metrics}
+        rows += [{"": label, **found}] if found else []
+    kept = [name for name in wanted if any(row.get(name) is not None for row in rows)]
+    columns = ["", "runs", *(wanted[name][0] for name in kept)]
+    body = [[row.get(name) for name in ("", "runs", *kept)] for row in rows]
     caption = (
-        "Top-1 of a linear probe trained on clean images; mean of five severities. mCE: lower is better, by AlexNet's "
-        "errors on ImageNet, comparable on ImageNet alone. A partial result has no mCE."
+        "Mean ± deviation over runs that differ in their seed alone. KLD and mCE: lower is better; the rest: higher. "
+        "Published: Yao et al. (2023), ResNet-50 on ImageNet unless it says otherwise, to be compared with that alone."
     )
-    return TableOf("imagenet_c", "Corrupted images, by group", caption, headings, rows, PUBLISHED_IMAGENET_C)
+    return TableOf("overview", "Results", caption, columns, body)
 
 
-def imagenet_c_by_corruption(groups: Sequence[Group], *, ce: bool = False) -> TableOf | None:
-    """Accuracy, or the error relative to AlexNet's, of each corruption; one column a group."""
-
-    def cell(group: Group, corruption: str) -> Cell | None:
-        whole = group_cell(group, f"imagenet_c/{corruption}/{'ce' if ce else 'top1'}")
-        if whole is not None or ce:
-            return whole
-        found = sum(f"imagenet_c/{corruption}/{severity}" in group.values for severity in SEVERITIES)
-        return group_cell(group, f"imagenet_c/{corruption}/partial_top1", note=f"partial, {found} of 5 severities")
-
-    measured = [group for group in groups if "imagenet_c/clean_top1" in group.values]
-    rows = [[name, *(cell(group, name) for group in measured)] for name in ALL]
-    kept = [row for row in rows if any(each is not None for each in row[1:])]
-    what = "CE, percent of AlexNet's error" if ce else "top-1 in percent, mean of five severities"
-    name = "imagenet_c_ce" if ce else "imagenet_c_corruptions"
-    title = "Corruption errors" if ce else "Corrupted images, by corruption"
-    columns = ["", *(group.label for group in measured)]
-    return TableOf(name, title, f"{title}: {what}.", columns, kept) if kept else None  # type: ignore[arg-type]
-
-
-def by_severity(groups: Sequence[Group]) -> TableOf | None:
-    """Mean accuracy over the 15 corruptions at each severity."""
-    rows: list[list[Cell | str | None]] = []
-    for group in groups:
-        cells: list[Cell | None] = []
-        for severity in SEVERITIES:
-            found = sum(f"imagenet_c/{name}/{severity}" in group.values for name in COMMON)
-            note = "" if found == len(COMMON) else f"partial, {found} of 15"
-            cells.append(group_cell(group, f"imagenet_c/severity/{severity}", note=note))
-        if any(cells):
-            rows.append([group.label, *cells])
-    columns = ["", *(f"severity {severity} %" for severity in SEVERITIES)]
-    caption = "Top-1 in percent, mean over the 15 corruptions at each severity."
-    return TableOf("by_severity", "Robustness by severity", caption, columns, rows) if rows else None
-
-
-def alignment(groups: Sequence[Group], numbers: Numbers, teacher: Mapping[str, float]) -> TableOf | None:
-    """Attention against human gaze: the arms' heads, other maps of the same encoders, teacher, and what needs no model."""
-    rows: list[list[Cell | str | None]] = []
-
-    def add(label: str, key: Callable[[str], str], cell: Callable[[str], Cell | None]) -> None:
-        cells = [cell(key(metric)) for metric in METRIC_NAMES]
-        if any(cells):
-            rows.append([label, *cells])
-
-    for group in groups:
-        add(group.label, lambda metric: f"attention/{metric}", lambda key, g=group: group_cell(g, key, digits=3))
-    for group in groups:
-        for kind, text in (("feature_norm", "feature norm"), ("grad_cam", "Grad-CAM")):
-            add(
-                f"{group.label}: {text}",
-                lambda metric, k=kind: f"attention/{k}/{metric}",
-                lambda key, g=group: group_cell(g, key, digits=3),
-            )
-    others = {"teacher": "teacher", **NO_MODEL}
-    _add_others(groups, numbers, teacher)
-    for name, text in others.items():
-        prefix = f"{name}/attention" if name == "teacher" else name
-        add(
-            text,
-            lambda metric, p=prefix: f"{p}/{metric}",
-            lambda key: Cell(key, 3) if key in numbers.metrics else None,
-        )
+def alignment(groups: Sequence[Group], numbers: Numbers) -> TableOf | None:
+    """Attention against human gaze: the arms' heads, other maps of their encoders, teacher, and what needs no model."""
+    kinds = {"": "", "feature_norm/": ": feature norm", "grad_cam/": ": Grad-CAM"}
+    rows: list[list[Cell | str | None]] = [
+        [f"{g.label}{text}", *(group_cell(g, f"attention/{kind}{metric}", digits=3) for metric in METRIC_NAMES)]
+        for kind, text in kinds.items()
+        for g in groups
+    ]
+    for prefix, label in {"teacher/attention": "teacher", **NO_MODEL}.items():
+        keys = [f"{prefix}/{metric}" for metric in METRIC_NAMES]
+        rows.append([label, *(Cell(key, 3) if key in numbers.metrics else None for key in keys)])
+    rows = [row for row in rows if any(cell is not None for cell in row[1:])]
     kept = [i for i in range(1, len(METRIC_NAMES) + 1) if any(row[i] is not None for row in rows)]
-    rows = [[row[0], *(row[i] for i in kept)] for row in rows]
-    columns = ["", *(list(METRIC_NAMES.values())[i - 1] for i in kept)]
+    names = list(METRIC_NAMES.values())
+    columns = ["", *(names[i - 1] for i in kept)]
     caption = "Predicted attention against human gaze. KLD: lower is better; the rest: higher."
-    return TableOf("alignment", "Alignment with people", caption, columns, rows) if rows else None
-
-
-def _add_others(groups: Sequence[Group], numbers: Numbers, teacher: Mapping[str, float]) -> None:
-    """The teacher's scores, and those that need no model: from the first group that has them, else the teacher's run."""
-    for name, value in teacher.items():
-        if name.startswith("attention/"):
-            numbers.metrics[f"teacher/{name}"] = value
-    for baseline in NO_MODEL:
-        for metric in METRIC_NAMES:
-            found = (g.values[key].mean for g in groups if (key := f"attention/{baseline}/{metric}") in g.values)
-            value = next(found, teacher.get(f"{baseline}/{metric}"))
-            if value is not None:
-                numbers.metrics[f"{baseline}/{metric}"] = value
+    body = [[row[0], *(row[i] for i in kept)] for row in rows]
+    return TableOf("alignment", "Alignment with people", caption, columns, body) if rows else None
 
 
 def others(groups: Sequence[Group]) -> list[TableOf]:
@@ -253,6 +206,14 @@ def others(groups: Sequence[Group]) -> list[TableOf]:
     return tables
 
 
-def _partial(group: Group) -> str:
-    missing = sum(len(severities) for severities in group.gaps.values())
-    return f"partial, {missing} of 75 missing" if missing else "partial"
+def _num_runs(group: Group) -> str:
+    lacking = sum(not run.summary_file.is_file() for run in group.runs)
+    return f"{len(group.runs)}{f' ({lacking} not finished)' if lacking else ''}"
+
+
+def _add_floor(groups: Sequence[Group], numbers: Numbers) -> None:
+    """The linear probe of untrained weights, from the last group that measured it."""
+    for group in groups:
+        floor = group.values.get("linear_probe/random_init_top1")
+        if floor is not None:
+            numbers.metrics["random init/linear_probe/top1"] = floor.mean

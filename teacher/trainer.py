@@ -87,14 +87,6 @@ def open_data(config: Config) -> tuple[GazeSets, ShardSet]:
     return open_sources(config.data)
 
 
-def resolved(config: Config) -> dict[str, Any]:
-    """The config as nested plain values."""
-    plain = config_to_dict(config)
-    if isinstance(config.data.train, list):
-        plain["data"]["train"] = [config_to_dict(source) for source in config.data.train]
-    return plain
-
-
 def build_teacher(config: Config, *, accelerator: Accelerator) -> Teacher:
     """The model from random or given weights, in channels-last order, as images come."""
     model = SaliencyModel(config.model, image_size=config.data.image_size)
@@ -154,7 +146,7 @@ def train(config: Config) -> RunFolder:
         ranks=ranks,
         run=RunFolder(config.runs / config.run),
         config=config,
-        resolved=resolved(config),
+        resolved=config_to_dict(config),
         batch_size=config.data.batch_size,
         steps_per_epoch=plan.steps_per_epoch,
         total_steps=plan.total_steps,

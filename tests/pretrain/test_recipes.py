@@ -104,8 +104,6 @@ def arguments(name: str, sample: TinySample, runs: Path, *, zero: bool) -> list[
         given["data.labels"] = sample.root / "controls"
     if config.co_trains:
         given |= {"data.gaze": sample.gaze, "data.gaze_batch_size": 6}
-    if zero:
-        given["precision"] = "no"  # DeepSpeed casts weights, and batch norm on a CPU takes no weights in bf16
     if zero and config.optim.name == "lars":
         given |= {"optim.name": "sgd", "optim.lr_scaling": "none", "optim.lr": 0.05}
     return [text for key, value in given.items() for text in (f"--{key}", str(value))]
