@@ -22,16 +22,17 @@ nav a { margin-right: 1rem; } a { color: var(--accent); }
 .wide { overflow-x: auto; margin: 1rem 0; } .wide table { min-width: min-content; }
 table { border-collapse: collapse; }
 th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+td { white-space: nowrap; } td.long { white-space: normal; text-align: left; min-width: 12rem; }
 th:first-child, td:first-child { text-align: left; }
-caption { text-align: left; padding-bottom: .4rem; }
+caption { text-align: left; padding-bottom: .4rem; max-width: calc(min(62rem, 100vw) - 3rem); }
 figure { margin: 1rem 0; } figcaption, caption, .note { color: var(--grey); font-size: .9rem; }
 .grey, td.grey, tr.grey th, tr.grey td { color: var(--grey); font-style: italic; font-weight: normal; }
 figure.plot img { max-width: 100%; background: #fff; border-radius: .4rem; }
 @media (prefers-color-scheme: dark) { figure.plot img { filter: invert(.9) hue-rotate(180deg); } }
-.gallery td, .gallery th { border: 0; padding: .2rem; text-align: center; }
+.gallery td, .gallery th { border: 0; padding: .2rem; text-align: center; max-width: 9rem; overflow-wrap: anywhere; }
 .gallery img { width: 8.5rem; height: auto; border-radius: .3rem; display: block; }
 .gallery small { color: var(--grey); }
-.blend { display: block; position: relative; cursor: pointer; border-radius: .3rem; }
+.blend { display: block; width: fit-content; margin: auto; position: relative; cursor: pointer; border-radius: .3rem; }
 .blend { background: var(--under) center / 100% 100% no-repeat; }
 .blend img { transition: opacity .25s; }
 .blend input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: pointer; }
@@ -44,6 +45,9 @@ figure.plot img { max-width: 100%; background: #fff; border-radius: .4rem; }
 .words { margin: .2rem 0; } .words b { display: inline-block; min-width: 8rem; } .words span { padding: 0 .15rem; }
 code, pre { background: var(--soft); border-radius: .3rem; padding: .1rem .3rem; overflow-x: auto; }
 """
+
+
+LONG = 40  # characters of a cell that may be broken into lines
 
 
 class Grey(str):
@@ -185,7 +189,9 @@ def _small(note: str) -> str:
 
 
 def _class(text: str) -> str:
-    return ' class="grey"' if isinstance(text, Grey) else ""
+    if isinstance(text, Grey):
+        return ' class="grey"'
+    return ' class="long"' if len(text) > LONG else ""
 
 
 def _caption(caption: str, head: str) -> str:
