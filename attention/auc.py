@@ -54,15 +54,17 @@ class Ranks:
         self._maps, self._values, self._among = maps, values, among
         if maps.flat.device.type == "cpu":
             self._below, self._up_to = np.zeros((2, *values.shape), dtype=np.int64)
-            self._counter = Counter(maps.num_pixels if among is None else among[0].shape[-1], maps.rows.dtype)
+            self._counter = Counter(maps.num_pixels, maps.rows.dtype)
 
     def visit(self, row: int) -> None:
         """Look at one map."""
-        pixels = self._maps.rows[row]
-        if self._among is not None:
+        pixels, values = self._maps.rows[row], self._values[row].numpy()
+        if self._among is None:
+            ranks = self._counter.ranks(pixels, values)
+        else:
             index, usable = (each.numpy() if each.ndim == 1 else each[row].numpy() for each in self._among)
-            pixels = np.where(usable, pixels[index], np.array(np.inf, pixels.dtype))
-        self._below[row], self._up_to[row] = self._counter.ranks(pixels, self._values[row].numpy())
+            ranks = self._counter.ranks_among(pixels, index, usable, values)
+        self._below[row], self._up_to[row] = ranks
 
     def result(self) -> tuple[Tensor, Tensor]:
         """How many of the pixels are below each value, and how many not above it: two `(batch, num_values)` int64."""

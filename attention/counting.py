@@ -57,6 +57,15 @@ class Counter:
         self.ordered.sort()
         return _ranks_in_order(self.ordered, values)
 
+    def ranks_among(self, pixels: np.ndarray, index: np.ndarray, usable: np.ndarray, values: np.ndarray) -> Ranks:
+        """`ranks` among some of the pixels: those at `index`, each in range, where `usable`, both `(num,)`."""
+        chosen = self.ordered[: len(index)] if len(index) <= len(self.ordered) else np.empty(len(index), pixels.dtype)
+        # The mode "raise" would take the way over a copy.
+        np.take(pixels, index, out=chosen, mode="wrap")
+        np.copyto(chosen, np.inf, where=~usable)
+        chosen.sort()
+        return _ranks_in_order(chosen, values)
+
     def _by_table(self, pixels: np.ndarray, values: np.ndarray) -> Ranks | None:
         """Rank distinct values, or return None where sorting is the way."""
         bits, asked = pixels.view(self.integer), values.view(self.integer).astype(np.int64)

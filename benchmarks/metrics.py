@@ -134,18 +134,24 @@ def measure(gaze: list[list[np.ndarray]], *, dtype: torch.dtype, jitter: bool, n
 
 def parts(material: Material) -> dict[str, float]:
     """What our time goes into, and two measures of what the machine can do: ms an image, least of five runs."""
-    gaze = {"fixations": material.padded[0], "valid": material.padded[1]}
-    others = {"negatives": material.negatives[0], "negatives_valid": material.negatives[1]}
+    maps, human, (points, valid) = material.prediction, material.target, material.padded
+    pool, others = material.negatives
+    room = np.empty(SIZE[0] * SIZE[1], dtype=np.float32)
+
+    def sort() -> None:
+        for row in maps.flatten(1).numpy():
+            np.copyto(room, row)
+            room.sort()
+
     calls: dict[str, Callable[[], object]] = {
-        "kld, cc, sim": lambda: evaluate_maps(material.prediction, target=material.target),
-        "nss, auc_judd, auc_borji": lambda: evaluate_maps(material.prediction, **gaze),
-        "the same and auc_shuffled": lambda: evaluate_maps(material.prediction, **gaze, **others),
-        "everything": material.ours,
-        "for comparison, reading both maps once (their sums)": lambda: (
-            material.prediction.sum(),
-            material.target.sum(),
+        "kld, cc, sim": lambda: evaluate_maps(maps, target=human),
+        "nss, auc_judd, auc_borji": lambda: evaluate_maps(maps, fixations=points, valid=valid),
+        "the same and auc_shuffled": lambda: evaluate_maps(
+            maps, fixations=points, valid=valid, negatives=pool, negatives_valid=others
         ),
-        "for comparison, numpy sorting the predicted map": lambda: np.sort(material.prediction.flatten(1).numpy()),
+        "everything": material.ours,
+        "for comparison: reading both maps once, for their sums": lambda: (maps.sum(), human.sum()),
+        "for comparison: sorting the predicted map, in numpy": sort,
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(5):

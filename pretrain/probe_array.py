@@ -1,4 +1,4 @@
-"""One task of an array of evaluations: `python pretrain/probe_array.py --runs '[runs/a,runs/b]' --num_tasks 4 --task 0`."""
+"""One task of an array of evaluations: `python pretrain/probe_array.py --runs '[runs/a,runs/b]'`."""
 
 from engine.program import run_program
 from pretrain.probe_array_config import ProbeArrayConfig

@@ -94,10 +94,10 @@ class Numbers:
         for baseline in NO_MODEL:
             for metric in METRIC_NAMES:
                 key = f"attention/{baseline}/{metric}"
-                found = (group.values[key].mean for group in groups if key in group.values)
-                value = next(found, teacher.get(f"{baseline}/{metric}"))
-                if value is not None:
-                    self.metrics[f"{baseline}/{metric}"] = value
+                found = [group.values[key].mean for group in groups if key in group.values]
+                found += [teacher[name] for name in (f"{baseline}/{metric}",) if name in teacher]
+                if found:
+                    self.metrics[f"{baseline}/{metric}"] = found[0]
 
     def text(self, cell: Cell | str | None) -> str:
         """A cell as page and text show it."""

@@ -29,14 +29,14 @@ from pretrain.evaluators.errors_kept import KeptErrors
 from pretrain.evaluators.imagenet_c import CorruptedSets
 from pretrain.evaluators.imagenet_c import evaluator as imagenet_c
 from pretrain.evaluators.offline import output_folder, probe_run, write_result
-from pretrain.evaluators.registry import pick
+from pretrain.evaluators.registry import OWN, pick
 from pretrain.evaluators.sources import labelled_pair
 from pretrain.evaluators.subjects import open_subject
 from pretrain.probe_array_config import ProbeArrayConfig
 from pretrain.probe_config import ProbeConfig
 
 # What changes nothing in a result, or where it is written.
-FREE = ("run", "output", "evaluators", "batch_size", "num_workers", "cache", "keep_cache", "corruptions")
+FREE = ("run", "output", "evaluators", "batch_size", "num_workers", "cache", "keep_cache")
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,16 @@ class SharedRun:
 
     def finished(self, piece: Piece) -> bool:
         """Whether nothing is left to do of a piece."""
-        if not piece.corruption:
-            try:
-                return json.loads(self._mark(piece.evaluator).read_bytes()) == self._key(piece.evaluator)
-            except (OSError, ValueError):
-                return False
-        sets, kept = self.corrupted
-        protocol = self.folder.read_summary().get("protocols", {}).get(imagenet_c.name, {})
-        known = all(kept.has(condition) for condition in sets.conditions() if condition[0] == piece.corruption)
-        return known and protocol.get("encoder") == self.subject.hash
+        protocol = self.folder.read_summary().get("protocols", {}).get(piece.evaluator, {})
+        if protocol.get("encoder") != self.subject.hash:
+            return False
+        if piece.corruption:
+            sets, kept = self.corrupted
+            return all(kept.has(condition) for condition in sets.conditions() if condition[0] == piece.corruption)
+        try:
+            return json.loads(self._mark(piece.evaluator).read_bytes()) == self._key(piece.evaluator)
+        except (OSError, ValueError):
+            return False
 
     def do(self, pieces: list[Piece]) -> None:
         """Evaluate; `imagenet_c` trains its probe once for all its corruptions."""
@@ -126,8 +127,8 @@ class SharedRun:
 
     def _key(self, evaluator: str) -> dict[str, str]:
         options = {name: value for name, value in config_to_dict(self.probe).items() if name not in FREE}
-        if evaluator == "robust_gaze":
-            options["corruptions"] = config_to_dict(self.probe.corruptions)
+        if evaluator in OWN and evaluator != "robust_gaze":
+            del options["corruptions"]
         needs = pick(evaluator)[0].needs
         sets = {need: sha256_of(getattr(self.probe, need) / "manifest.json") for need in needs}
         return {"encoder": self.subject.hash, "options": key_digest([options, sets])}

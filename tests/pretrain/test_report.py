@@ -1,0 +1,304 @@
+"""The report: the same numbers in page, text and JSON; seeds, partial results, published values; a real browser."""
+
+import html.parser
+import json
+import shutil
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import InputError
+from engine.runs import RunFolder
+from pretrain.comparison import compare
+from pretrain.evaluators.corruptions import COMMON
+from pretrain.report_config import ReportConfig
+from pretrain.report_gallery import choose_cases
+from pretrain.report_runs import open_groups
+from tests.conftest import TinySample
+from tests.pretrain.report_runs import write_student, write_teacher
+
+STUDENTS = ["base-seed0", "base-seed1", "taught-seed0", "taught-seed1", "part"]
+
+
+class Tables(html.parser.HTMLParser):
+    """Rows of all tables of a page, each a list of (text, class)."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[tuple[str, str]]]] = []
+        self._open = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append(("", dict(attrs).get("class") or ""))
+            self._open = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = self._open and tag not in ("th", "td")
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            text, kind = self.tables[-1][-1].pop()
+            self.tables[-1][-1].append((text + data, kind))
+
+    def rows(self, *, heading: str) -> dict[str, dict[str, tuple[str, str]]]:
+        """Of the first table with that column: row label to column to cell."""
+        table = next(t for t in self.tables if heading in [text for text, _ in t[0]])
+        columns = [text for text, _ in table[0]]
+        return {row[0][0]: dict(zip(columns[1:], row[1:], strict=True)) for row in table[1:]}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_sample: TinySample, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two arms under two seeds each, an arm that is half evaluated, a teacher, and the report on them."""
+    folder = tmp_path_factory.mktemp("report") / "runs"
+    for seed in (0, 1):
+        write_student(folder, f"base-seed{seed}", seed=seed, top1=60.0 + seed, gaze=tiny_sample.gaze)
+        arm = "contrastive+attention"
+        write_student(folder, f"taught-seed{seed}", arm=arm, seed=seed, top1=62.0 + 2 * seed, gaze=tiny_sample.gaze)
+    write_student(folder, "part", arm="co-train", top1=50.0, corruptions=COMMON[:2], gaze=tiny_sample.gaze)
+    write_teacher(folder, "teacher", tiny_sample.gaze)
+    compare(ReportConfig("all", folder, STUDENTS, "teacher", tiny_sample.gaze, 8))
+    return folder
+
+
+def read_report(runs: Path) -> tuple[str, str, dict[str, Any]]:
+    report = runs / "all" / "report"
+    page, text = (report / "index.html").read_text(), (report / "summary.md").read_text()
+    return page, text, json.loads((runs / "all" / "summary.json").read_text())
+
+
+def test_page_text_and_json_say_the_same(runs: Path) -> None:
+    page, text, summary = read_report(runs)
+    found = Tables(page)
+    shown = [[[cell for cell, _ in row] for row in table] for table in found.tables]
+    for table in summary["tables"]:
+        assert [table["columns"], *table["rows"]] in shown, table["name"]
+        for row in table["rows"]:
+            assert "| " + " | ".join(row) + " |" in text
+    metrics = summary["metrics"]
+    assert metrics["contrastive/linear_probe/top1"] == 60.5
+    assert metrics["contrastive/linear_probe/top1/deviation"] == pytest.approx(statistics.stdev([60, 61]))
+    overview = found.rows(heading="linear top-1 %")
+    assert overview["contrastive"]["linear top-1 %"][0] == "60.50 ± 0.71"
+    assert overview["contrastive"]["runs"][0] == "2" and overview["co-train"]["runs"][0] == "1"
+    assert overview["contrastive+attention"]["kNN top-1 %"][0] == "58.00 ± 1.41"
+    assert overview["contrastive"]["mCE"][0] == f"{metrics['contrastive/imagenet_c/mce']:.1f} ± 0.0"
+    assert overview["random init"]["linear top-1 %"][0] == "20.00"
+    assert overview["teacher"]["NSS"][0] == "2.000" and overview["centre bias"]["NSS"][0] == "0.800"
+    aligned = found.rows(heading="NSS")
+    assert aligned["contrastive+attention"]["NSS"][0] == f"{metrics['contrastive+attention/attention/nss']:.3f} ± 0.028"
+    assert found.rows(heading="AUC-Judd") if "AUC-Judd" in page else True
+    assert found.rows(heading="mAP")["co-train"]["P@1"][0] == f"{50 / 90:.3f}"
+
+
+def test_published_values_stand_beside_in_grey_and_are_nowhere_among_ours(runs: Path) -> None:
+    page, _, summary = read_report(runs)
+    overview = Tables(page).rows(heading="published top-1 %")
+    column = {label: row["published top-1 %"] for label, row in overview.items()}
+    assert column["contrastive"] == ("67.61 ± 0.04", "grey")
+    assert column["contrastive+attention"] == ("68.23 ± 0.08", "grey")
+    assert column["co-train"] == ("66.35 ± 0.12", "grey") and column["teacher"][0] == ""
+    reference = Tables(page).rows(heading="relative mCE")["published: supervised ResNet-50, ImageNet"]
+    assert reference["mCE"] == ("76.7", "grey")
+    assert not {67.61, 68.23, 66.35, 76.7} & set(summary["metrics"].values())
+
+
+@pytest.mark.parametrize(
+    ("config", "value"),
+    [
+        ({"arm": "supervised"}, "75.91 ± 0.10"),
+        ({"arm": "supervised", "model": {"backbone": "resnet18"}}, "69.17 ± 0.07, ResNet-18"),
+        ({"arm": "supervised+attention"}, "76.02 ± 0.04"),
+        ({"arm": "contrastive+attention", "data": {"control": "shuffled"}}, None),
+        ({"arm": "contrastive+attention", "attention": {"kld": 1.0, "nss": 0.0}}, None),
+    ],
+)
+def test_only_the_papers_own_arms_have_a_published_value(tmp_path: Path, config: Any, value: str | None) -> None:
+    from pretrain.report_tables import published
+
+    (group,) = open_groups([RunFolder(write_student(tmp_path, "one", **config))])
+    assert published(group) == value
+
+
+def test_a_partial_result_is_marked_and_has_no_mce(runs: Path) -> None:
+    page, text, summary = read_report(runs)
+    tables = Tables(page)
+    row = tables.rows(heading="relative mCE")["co-train"]
+    mean = summary["metrics"]["co-train/imagenet_c/partial_mean_top1"]
+    assert row["mean of 15 %"][0] == f"{mean:.2f} (partial, 65 of 75 missing)"
+    assert row["mCE"][0] == row["relative mCE"][0] == "" and f"{mean:.2f} (partial" in text
+    assert "(partial, 2 of 15)" in tables.rows(heading="severity 1 %")["co-train"]["severity 1 %"][0]
+    assert "partial" not in tables.rows(heading="severity 1 %")["contrastive"]["severity 1 %"][0]
+    assert sorted(summary["partial"]) == ["co-train"] and summary["partial"]["co-train"]["fog"] == [1, 2, 3, 4, 5]
+
+
+def test_a_number_that_only_some_seeds_have_says_so(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_student(tmp_path, f"a{seed}", seed=seed, corruptions=COMMON if seed == 0 else ())
+    compare(ReportConfig("r", tmp_path, ["a0", "a1"], None, None))
+    page = (tmp_path / "r" / "report" / "index.html").read_text()
+    assert Tables(page).rows(heading="mCE")["contrastive"]["mCE"][0].endswith("(1 of 2 runs)")
+
+
+def test_runs_of_one_recipe_are_one_row_and_others_are_not(tmp_path: Path) -> None:
+    names = {"x-seed0": {"seed": 0}, "x-seed1": {"seed": 1}, "y": {"temperature": 0.5}}
+    folders = [RunFolder(write_student(tmp_path, name, **config)) for name, config in names.items()]
+    groups = open_groups(folders)
+    assert [(g.label, [run.name for run in g.runs]) for g in groups] == [("x", ["x-seed0", "x-seed1"]), ("y", ["y"])]
+    foreign = tmp_path / "probe-other"
+    foreign.mkdir()
+    (foreign / "summary.json").write_text(json.dumps({"run": "probe-other", "step": 0, "metrics": {"knn/top1": 3.0}}))
+    assert [g.label for g in open_groups([*folders, RunFolder(foreign)])] == ["x", "y", "probe-other"]
+
+
+def test_what_the_runs_differ_in_is_told(runs: Path) -> None:
+    page, text, _ = read_report(runs)
+    tables = Tables(page)
+    differences = tables.rows(heading="part")
+    assert differences["arm"]["part"][0] == "co-train" and differences["seed"]["taught-seed1"][0] == "1"
+    assert "temperature" not in differences
+    protocols = next(t for t in tables.tables if t[0][0][0] == "run")
+    row = next(row for row in protocols if row[0][0] == "part" and row[1][0] == "knn")
+    assert [cell for cell, _ in row[2:]] == [
+        "val: 500 (efefefef)",
+        "seed 0, k 200, temperature 0.1",
+        "0" * 12,
+        "0123456789ab",
+    ]
+    assert "| part | knn | val: 500 (efefefef) |" in text
+
+
+def test_runs_measured_on_different_sets_are_not_compared_in_silence(tmp_path: Path) -> None:
+    for name, arm in (("a", "contrastive"), ("b", "co-train")):
+        folder = write_student(tmp_path, name, arm=arm)
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["protocols"]["knn"]["val"]["samples"] = len(name + arm)
+        (folder / "summary.json").write_text(json.dumps(summary))
+    compare(ReportConfig("r", tmp_path, ["a", "b"], None, None))
+    sentence = "knn was not measured alike in all runs: val differ."
+    for file in ("index.html", "summary.md"):
+        text = (tmp_path / "r" / "report" / file).read_text()
+        assert sentence in text and "linear_probe was not" not in text
+
+
+def test_a_report_on_one_run_lies_in_its_folder_and_leaves_its_summary_alone(tmp_path: Path) -> None:
+    folder = write_student(tmp_path, "one")
+    before = (folder / "summary.json").read_bytes()
+    compare(ReportConfig("one", tmp_path, ["one"], None, None))
+    assert (folder / "summary.json").read_bytes() == before
+    assert json.loads((folder / "report" / "summary.json").read_text())["metrics"]["contrastive/knn/top1"] == 55.0
+    assert (folder / "report" / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"students": []}, "no run is named"),
+        ({"students": ["one", "one"]}, "'one' is named twice"),
+        ({"students": ["none"]}, "no run in .*none"),
+        ({"students": ["empty"]}, "finish the run and probe it first"),
+        ({"name": "empty"}, "a training's own folder"),
+        ({"teacher": "empty"}, "finish the teacher first"),
+        ({"name": "a/b"}, "not usable"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    write_student(tmp_path, "one")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.yaml").write_text("run: empty\n")
+    options: dict[str, Any] = {"name": "r", "runs": tmp_path, "students": ["one"], "teacher": None, "gaze": None}
+    with pytest.raises(InputError, match=message):
+        compare(ReportConfig(**(options | changes)))
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_run_that_is_not_finished_is_shown_as_such(tmp_path: Path) -> None:
+    write_student(tmp_path, "one")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "config.yaml").write_text("run: two\narm: co-train\n")
+    compare(ReportConfig("r", tmp_path, ["one", "two"], None, None))
+    page = (tmp_path / "r" / "report" / "index.html").read_text()
+    assert Tables(page).rows(heading="runs")["co-train"]["runs"][0] == "1 (1 not finished)"
+
+
+def test_worst_and_best_cases_go_by_nss() -> None:
+    scores = {str(number): float((7 * number) % 20) for number in range(20)}
+    spread, worst, best = choose_cases(list(scores), scores, count=12).values()
+    assert [scores[key] for key in worst] == [0, 1, 2] and [scores[key] for key in best] == [19, 18, 17]
+    assert len(set(spread + worst + best)) == 12
+    assert [len(keys) for keys in choose_cases(list(scores), {}, count=12).values()] == [12]
+    assert [len(keys) for keys in choose_cases(["a", "b"], {"a": 1.0, "b": 2.0}, count=12).values()] == [2]
+
+
+def test_the_tables_go_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for seed in (0, 1):
+        write_student(tmp_path, f"a{seed}", seed=seed, top1=60.0 + seed)
+    compare(ReportConfig("r", tmp_path, ["a0", "a1"], None, None, tracker="wandb"))
+    (file,) = (tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb")
+    store, keys = DataStore(), set[str]()
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        keys |= {item.key or "/".join(item.nested_key) for item in record.history.item}
+    assert {"report/overview", "report/imagenet_c", "report/retrieval"} <= keys
+    (table,) = file.parent.glob("files/media/table/report/overview_*.table.json")
+    content = json.loads(table.read_text())
+    row = dict(zip(content["columns"], content["data"][0], strict=True))
+    assert row["row"] == "contrastive" and row["linear top-1 %"] == 60.5
+    assert row["linear top-1 %, deviation"] == pytest.approx(statistics.stdev([60, 61]))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+def test_the_report_in_a_browser(runs: Path, tmp_path: Path) -> None:
+    """Headless, from disk: no console message, every picture drawn and named, numbers as in `summary.json`."""
+    page, _, summary = read_report(runs)
+    watching = """<script>addEventListener("load", () => {
+        const all = [...document.images], first = document.querySelector(".blend input");
+        const under = getComputedStyle(first.parentElement).backgroundImage.startsWith("url(");
+        first.click(); first.nextElementSibling.style.transition = "none";
+        const seen = getComputedStyle(first.nextElementSibling).opacity;
+        first.click();
+        const wide = document.documentElement.scrollWidth <= innerWidth;
+        const named = [...document.querySelectorAll("input, [tabindex]")].every(e => e.getAttribute("aria-label"));
+        document.title = JSON.stringify({all: all.length, drawn: all.filter(i => i.naturalWidth > 1).length,
+            alt: all.filter(i => i.alt).length, under, seen, wide, named});
+    })</script></body>"""
+    copy = tmp_path / "index.html"
+    copy.write_text(page.replace("</body>", watching))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000"]
+    shot = runs / "all" / "report" / "screenshot.png"
+    command += ["--window-size=500,2500", f"--screenshot={shot}", "--dump-dom", copy.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    seen = json.loads(done.stdout.split("<title>")[1].split("</title>")[0])
+    assert seen["all"] == seen["drawn"] == seen["alt"] == 8 * 6 + len(page.split('class="plot"')) - 1
+    assert seen["under"] and float(seen["seen"]) < 0.5, "the image must show through a picture that is chosen"
+    assert seen["wide"], "the page must not scroll sideways on a phone"
+    assert seen["named"]
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page and "<link" not in page
+    assert len(page.encode()) < 5_000_000
+    drawn = Tables(done.stdout)
+    for heading, label, key, digits in (
+        ("linear top-1 %", "contrastive+attention", "linear_probe/top1", 2),
+        ("relative mCE", "contrastive", "imagenet_c/blur/top1", 2),
+        ("mAP", "co-train", "retrieval/map", 3),
+    ):
+        columns = {"imagenet_c/blur/top1": "blur %"}
+        text = drawn.rows(heading=heading)[label][columns.get(key, heading)][0]
+        assert text.split(" ")[0] == f"{summary['metrics'][f'{label}/{key}']:.{digits}f}"
+    assert shot.read_bytes().startswith(b"\x89PNG")
