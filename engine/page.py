@@ -29,6 +29,7 @@ figure { margin: 1rem 0; } figcaption, caption, .note { color: var(--grey); font
 .grey, td.grey, tr.grey th, tr.grey td { color: var(--grey); font-style: italic; font-weight: normal; }
 figure.plot img { max-width: 100%; background: #fff; border-radius: .4rem; }
 @media (prefers-color-scheme: dark) { figure.plot img { filter: invert(.9) hue-rotate(180deg); } }
+th[scope=row] { position: sticky; left: 0; background: Canvas; }
 .gallery td, .gallery th { border: 0; padding: .2rem; text-align: center; max-width: 9rem; overflow-wrap: anywhere; }
 .gallery img { width: 8.5rem; height: auto; border-radius: .3rem; display: block; }
 .gallery small { color: var(--grey); }

@@ -22,12 +22,12 @@ from shards.tar import TarError
 from shards.writer import ShardWriter, is_complete, record_of
 
 MAP = "map.png"
-# The settings that made a real teacher's maps smallest: every line filtered its own way, deflate told that it is.
+# The settings that made a real teacher's maps smallest, and quick to read: Paeth's filter, deflate told that it is one.
 PNG_OPTIONS = [
     cv2.IMWRITE_PNG_COMPRESSION,
     9,
     cv2.IMWRITE_PNG_FILTER,
-    cv2.IMWRITE_PNG_ALL_FILTERS,
+    cv2.IMWRITE_PNG_FILTER_PAETH,
     cv2.IMWRITE_PNG_STRATEGY,
     cv2.IMWRITE_PNG_STRATEGY_FILTERED,
 ]
