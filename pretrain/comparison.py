@@ -186,11 +186,11 @@ def _track(
 
 def _columns_and_rows(table: TableOf, numbers: Numbers) -> tuple[list[str], list[list[Any]]]:
     found: dict[str, list[Any]] = {}
-    for column, cells in zip(["row", *table.columns[1:]], zip(*table.rows, strict=True), strict=True):
+    for column, cells in zip(["row", *map(str, table.columns[1:])], zip(*table.rows, strict=True), strict=True):
         keys = [cell.key if isinstance(cell, Cell) else "" for cell in cells]
         deviations = [numbers.metrics.get(f"{key}/deviation") for key in keys]
         if any(isinstance(cell, str) for cell in cells):  # W&B wants one kind of value in a column
-            found[column] = [numbers.text(cell) for cell in cells]
+            found[column] = [str(numbers.text(cell)) for cell in cells]
             continue
         found[column] = [numbers.metrics.get(key) for key in keys]
         if any(value is not None for value in deviations):
