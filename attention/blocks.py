@@ -21,10 +21,9 @@ class Maps:
 
     def __init__(self, maps: Tensor, *, minmax: bool = False) -> None:
         """Wrap maps; with `minmax` the density starts from the least value even where that is above 0."""
-        self.maps = as_float(maps)
         self.size = (maps.shape[1], maps.shape[2])
         self.num_pixels = maps.shape[1] * maps.shape[2]
-        self.flat = self.maps.flatten(1)
+        self.flat = as_float(maps).flatten(1)
         self.minmax = minmax
 
     @property

@@ -1,0 +1,150 @@
+"""What evaluating costs beside the encoder: `python benchmarks/evaluators_speed.py`.
+
+- `corruptions_two_workers_vs_one`: the evaluator `imagenet_c` with all 15 corruptions made on the fly by two reading
+  processes against one. The encoder is tiny, so that the corruptions are what takes the time, as they do in earnest.
+- `jpeg_rate_vs_forward`: features of a released set's JPEGs (read, decode, crop, forward) against the same encoder's
+  forward over the same pixels in memory.
+"""
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import environment, ratio_of_pairs, report, time_pairs
+
+from engine.progress import silent
+from engine.ranks import Ranks
+from pretrain.evaluators.base import Subject
+from pretrain.evaluators.corruptions import corrupt
+from pretrain.evaluators.features import Job, collect, pooled
+from pretrain.evaluators.imagenet_c import imagenet_c
+from pretrain.evaluators.prepare import ReleasedCrop
+from pretrain.evaluators.sources import FolderImages
+from pretrain.evaluators.subjects import open_subject
+from pretrain.probe_config import CorruptionConfig, LinearConfig, LoadConfig, ProbeConfig
+from shards.generate import Config as SampleConfig
+from shards.generate import generate
+from shards.pack import pack
+from shards.sources.image_folder import ImageFolder
+
+NUM_TRAIN = 16
+
+
+def main() -> None:
+    """Measure and write `results/evaluators_speed.{json,md}`."""
+    options = _options()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        two, one = _time_corruptions(Path(folder), options)
+        read, forward, device = _time_jpegs(Path(folder), options)
+    report(
+        "evaluators_speed",
+        figures={
+            "corruptions_two_workers_vs_one": ratio_of_pairs(two, one),
+            "jpeg_rate_vs_forward": ratio_of_pairs(read, forward),
+            "corrupted_images_per_s_two_workers": 15 * options.corrupted / min(two),
+            "jpeg_images_per_s": options.images / min(read),
+            "forward_images_per_s": options.images / min(forward),
+        },
+        environment=environment(
+            device=device, image_size=options.image_size, backbone=options.backbone, images=options.images,
+            corrupted=options.corrupted, num_workers=options.num_workers, pairs=options.pairs, threads=options.threads,
+        ),
+        title="What evaluating costs beside the encoder",
+        notes=(
+            "Medians over pairs, by turns in one run. `corruptions_two_workers_vs_one`: seconds of `imagenet_c` (15 "
+            "corruptions on the fly, severity 3, nothing cached, encoder `test_resnet`) with one reading process over "
+            "seconds with two. `jpeg_rate_vs_forward`: seconds of the encoder's forward over pixels in memory over "
+            "seconds of features from a folder of JPEGs; 1 would mean that reading costs nothing."
+        ),
+    )  # fmt: skip
+
+
+def _time_corruptions(folder: Path, options: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """Seconds of imagenet_c with two reading processes and with one."""
+    sample = _sample(folder / "few", num_val=options.corrupted, size=options.image_size)
+    for split in ("train", "val"):
+        pack(ImageFolder(sample / split), folder / split, workers=1)
+    probe = ProbeConfig(
+        run=None,
+        encoder="timm:test_resnet",
+        train=folder / "train",
+        val=folder / "val",
+        batch_size=8,  # what a reading process hands over at a time: a small set must not end in one of them
+        load=LoadConfig(image_size=options.image_size),
+        linear=LinearConfig(epochs=1, rates=[0.1]),
+        corruptions=CorruptionConfig(severities=[3]),
+    )
+    subject = _subject(probe)
+
+    def evaluate(num_workers: int) -> None:
+        imagenet_c(subject, replace(probe, num_workers=num_workers))
+
+    # glass blur is compiled at its first use, which is no matter of processes
+    corrupt(np.zeros((64, 64, 3), dtype=np.uint8), "glass_blur", severity=1, seed=0)
+    return time_pairs(lambda: evaluate(2), lambda: evaluate(1), num_pairs=options.pairs, warmup=0)
+
+
+def _time_jpegs(folder: Path, options: argparse.Namespace) -> tuple[list[float], list[float], str]:
+    """Seconds of features from JPEGs and of the forward alone, and the device."""
+    images = FolderImages(
+        _sample(folder / "many", num_val=options.images, size=options.image_size + 32) / "val",
+        classes=tuple(sorted(path.name for path in (folder / "many" / "images" / "val").iterdir())),
+    )
+    probe = ProbeConfig(
+        run=None,
+        encoder=f"timm:{options.backbone}",
+        load=LoadConfig(image_size=options.image_size),
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+    )
+    subject = _subject(probe)
+    prepare, compute = ReleasedCrop(options.image_size), pooled(subject)
+    pixels = torch.stack([torch.from_numpy(prepare(images.read(i)[0], i)) for i in range(len(images))])
+    mean, std = (torch.tensor(s, device=subject.device).reshape(1, 3, 1, 1) for s in subject.statistics)
+
+    def read() -> None:
+        collect(subject, probe, Job(images, prepare, compute, "pooled", "features"))
+
+    def forward() -> None:
+        with torch.no_grad():
+            for start in range(0, len(pixels), probe.batch_size):
+                batch = pixels[start : start + probe.batch_size].to(subject.device)
+                compute((batch.permute(0, 3, 1, 2).float() / 255 - mean) / std)["features"].cpu()
+
+    return *time_pairs(read, forward, num_pairs=options.pairs), str(subject.device)
+
+
+def _subject(probe: ProbeConfig) -> Subject:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return replace(open_subject(probe, ranks=Ranks(), device=device), cache=None, report=silent)
+
+
+def _sample(folder: Path, *, num_val: int, size: int) -> Path:
+    """Generated labelled images, in a folder for each split and class."""
+    generate(
+        SampleConfig(
+            output=folder, num_train=NUM_TRAIN, num_val=num_val, num_gaze_train=1, num_gaze_val=1, image_size=size
+        )
+    )
+    return folder / "images"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", default="resnet18", help="encoder that reads JPEGs (default: %(default)s)")
+    parser.add_argument("--image_size", type=int, default=224, help="pixels (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=192, help="JPEGs (default: %(default)s)")
+    parser.add_argument("--corrupted", type=int, default=192, help="images of each corruption (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images a forward (default: %(default)s)")
+    parser.add_argument("--num_workers", type=int, default=1, help="processes that read JPEGs (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of the encoder on a CPU (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=3, help="timed pairs (default: %(default)s)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
