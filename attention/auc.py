@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention.blocks import Maps, visit
+from attention.blocks import Maps, PerThread, visit
 from attention.counting import Counter
 from attention.fixations import Located, locate
 
@@ -54,16 +54,17 @@ class Ranks:
         self._maps, self._values, self._among = maps, values, among
         if maps.flat.device.type == "cpu":
             self._below, self._up_to = np.zeros((2, *values.shape), dtype=np.int64)
-            self._counter = Counter(maps.num_pixels, maps.rows.dtype)
+            dtype = maps.rows.dtype
+            self._counter = PerThread(lambda: Counter(maps.num_pixels, dtype))
 
     def visit(self, row: int) -> None:
         """Look at one map."""
         pixels, values = self._maps.rows[row], self._values[row].numpy()
         if self._among is None:
-            ranks = self._counter.ranks(pixels, values)
+            ranks = self._counter.get().ranks(pixels, values)
         else:
             index, usable = (each.numpy() if each.ndim == 1 else each[row].numpy() for each in self._among)
-            ranks = self._counter.ranks_among(pixels, index, usable, values)
+            ranks = self._counter.get().ranks_among(pixels, index, usable, values)
         self._below[row], self._up_to[row] = ranks
 
     def result(self) -> tuple[Tensor, Tensor]:

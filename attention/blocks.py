@@ -4,9 +4,11 @@ On a CPU, where no gradient is wanted, that is `attention.rows`. On an accelerat
 same sums are torch operators over the whole batch.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -88,20 +90,51 @@ class Maps:
         return (values + shift) * scale
 
 
+T = TypeVar("T")
+
+
+class PerThread(Generic[T]):
+    """An object for each thread that asks, such as working arrays that two threads must not share."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make, self._local = make, threading.local()
+
+    def get(self) -> T:
+        """This thread's object, made when it is first asked for."""
+        if not hasattr(self._local, "value"):
+            self._local.value = self._make()
+        return self._local.value
+
+
 class Task(Protocol):
     """Something to be found in the pixels of maps."""
 
     def visit(self, row: int) -> None:
-        """Look at one map."""
+        """Look at one map; maps come in any order, from several threads at a time."""
 
 
 def visit(tasks: Sequence[Task], maps: Maps) -> None:
-    """Let tasks look at map after map on a CPU: all at one, which is then in the cache, before the next."""
-    if maps.flat.device.type == "cpu":
+    """Let tasks look at map after map on a CPU: all at one, which is then in the cache, before the next.
+
+    The maps are shared out among as many threads as torch uses.
+    """
+    if maps.flat.device.type != "cpu":
+        return
+
+    def look(rows: np.ndarray) -> None:
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            for row in range(len(maps.flat)):
+            for row in rows.tolist():
                 for task in tasks:
                     task.visit(row)
+
+    rows = np.arange(len(maps.flat))
+    count = min(torch.get_num_threads(), len(rows))
+    if count <= 1:
+        look(rows)
+    else:
+        _ = maps.rows  # made once, before threads ask for it
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(look, (rows[i::count] for i in range(count))))
 
 
 class PixelSums:
@@ -117,23 +150,27 @@ class PixelSums:
             eps: of the divergence.
         """
         self._names, self._maps, self._eps = names, maps, eps
-        self._of_row = SumsOfRow(names, eps=eps, dtype=maps[0].rows.dtype) if self._in_blocks else None
-        self._sums: list[list[float]] = []
+        self._of_row: PerThread[SumsOfRow] | None = None
+        if self._in_blocks:
+            dtype = maps[0].rows.dtype
+            self._of_row = PerThread(lambda: SumsOfRow(names, eps=eps, dtype=dtype))
+            self._sums = torch.zeros((len(maps[0].flat), len(names)), dtype=torch.float64)
 
     @property
     def _in_blocks(self) -> bool:
         return all(each.in_blocks for each in self._maps)
 
     def visit(self, row: int) -> None:
-        """Look at one map; the maps come in their order."""
+        """Look at one map."""
         if self._of_row is not None:
             numbers = [each.numbers(row) for each in self._maps]
-            self._sums.append(self._of_row([each.rows[row] for each in self._maps], numbers))
+            sums = self._of_row.get()([each.rows[row] for each in self._maps], numbers)
+            self._sums[row] = torch.tensor(sums, dtype=torch.float64)
 
     def result(self) -> list[Tensor]:
         """Return per name `(batch,)` float64."""
         if self._of_row is not None:
-            return list(torch.tensor(self._sums, dtype=torch.float64).view(-1, len(self._names)).unbind(dim=1))
+            return list(self._sums.unbind(dim=1))
         centred = [each.flat - each.mean.to(each.flat) for each in self._maps]
         density = [each.density(each.flat) for each in self._maps]
         return [self._of_batch(name, centred, density).double() for name in self._names]

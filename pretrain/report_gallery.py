@@ -26,11 +26,12 @@ def add_gallery(page: Page, config: ReportConfig, groups: Sequence[Group], teach
     assert config.gaze is not None
     gaze = ShardSet(config.gaze)
     maps = _all_maps(groups, teacher)
-    targets = [t for t in load_targets(gaze) if maps and all(t.key in found for found in maps.values())]
+    every = load_targets(gaze)
+    targets = [t for t in every if maps and all(t.key in found for found in maps.values())]
     if not targets:
         page.paragraph("No pictures: no image of the gaze set has predicted maps of every run shown here.")
         return
-    scores = {g.label: nss_by_image(g.runs[0], load_targets(gaze)) for g in groups}
+    scores = {g.label: nss_by_image(g.runs[0], every) for g in groups}
     judge = _judge(groups, scores)
     cases = choose_cases([t.key for t in targets], scores.get(judge, {}), count=config.num_pictures)
     by_key = {target.key: target for target in targets}

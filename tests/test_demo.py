@@ -50,7 +50,7 @@ def test_the_chain_leaves_what_the_readme_says(demo: Path) -> None:
         assert isinstance(metrics[f"centre_bias/{name}"], float)
     assert summary["run"] == "demo" and summary["step"] == 3
     text = (demo / "runs" / "demo" / "report" / "summary.md").read_text()
-    assert f"{metrics['contrastive/linear_probe/top1']:.1f}" in text
+    assert f"{metrics['contrastive/linear_probe/top1']:.2f}" in text
     assert list((demo / "runs" / "demo-attention" / "wandb").glob("offline-run-*/*.wandb"))
 
 

@@ -450,3 +450,20 @@ def test_metrics_can_be_differentiated(name):
     target, points = torch.rand(2, 4, 5, dtype=torch.float64), torch.rand(2, 6, 2) * 4
     arguments = {"nss": (points,), "information_gain": (target, points)}.get(name, (target,))
     assert torch.autograd.gradcheck(lambda x: getattr(metrics, name)(x, *arguments), maps)
+
+
+def test_threads_share_the_maps_and_change_nothing() -> None:
+    """Every map is looked at by one thread with working arrays of its own: the same bits on one thread and on three."""
+    generator = torch.Generator().manual_seed(0)
+    maps, human = (torch.rand((7, 90, 120), generator=generator) for _ in range(2))
+    fixations = torch.rand((7, 30, 2), generator=generator) * torch.tensor([119.0, 89.0])
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            given = {"target": human, "fixations": fixations, "negatives": fixations.flatten(0, 1)}
+            found.append(metrics.evaluate_maps(maps, **given))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from engine.errors import InputError
-from engine.page import STYLE
+from engine.page import STYLE, Page
 from engine.runs import RunFolder
 from pretrain.comparison import compare
 from pretrain.evaluators.corruptions import COMMON
 from pretrain.report_config import ReportConfig
-from pretrain.report_gallery import choose_cases
+from pretrain.report_gallery import add_gallery, choose_cases
 from pretrain.report_runs import open_groups
 from tests.conftest import TinySample
 from tests.pretrain.report_runs import write_student, write_teacher
@@ -229,6 +229,25 @@ def test_a_run_that_is_not_finished_is_shown_as_such(tmp_path: Path) -> None:
     compare(ReportConfig("r", tmp_path, ["one", "two"], None, None))
     page = (tmp_path / "r" / "report" / "index.html").read_text()
     assert Tables(page).rows(heading="runs")["co-train"]["runs"][0] == "1 (1 not finished)"
+
+
+def test_a_page_never_grows_too_large(
+    runs: Path, tiny_sample: TinySample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.report_gallery.MOST_BYTES", 60_000)
+    page = Page("small")
+    config = ReportConfig("small", runs, STUDENTS[:1], "teacher", tiny_sample.gaze, 20)
+    add_gallery(page, config, open_groups([RunFolder(runs / STUDENTS[0])]), RunFolder(runs / "teacher"))
+    assert 20_000 < len(page.text()) < 75_000
+    assert re.search(r"<p>\d of 20 pictures: more would make the page too large.</p>", page.text())
+
+
+def test_maps_of_another_set_are_not_shown(runs: Path, tiny_sample: TinySample, tmp_path: Path) -> None:
+    write_student(tmp_path, "one", gaze=None)
+    page = Page("none")
+    config = ReportConfig("r", tmp_path, ["one"], None, tiny_sample.gaze)
+    add_gallery(page, config, open_groups([RunFolder(tmp_path / "one")]), None)
+    assert "No pictures" in page.text() and "<img" not in page.text()
 
 
 def test_worst_and_best_cases_go_by_nss() -> None:
