@@ -86,7 +86,9 @@ def _seeds(options: argparse.Namespace, shards: Path) -> None:
             values = [run[f"attention/{metric}"] for run in runs]
             figures[f"{name}_{metric}"] = statistics.mean(values)
             figures[f"{name}_{metric}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
-    more = environment(seeds=seeds)
+    folders = [RunFolder(options.runs / f"{RECIPES[name]}-seed{seed}") for name in scores for seed in seeds]
+    trained_at = sorted({str(run.read_summary()["environment"]["commit"]) for run in folders})
+    more = environment(seeds=seeds, trained_at=trained_at)
     title, table = "Teachers on OSIE", _table(scores)
     report("teacher_osie", figures=figures, environment=more, title=title, notes=NOTES, table=table)
 
