@@ -1,5 +1,6 @@
-"""Run folders as trainings and probes leave them, written by hand: a report is tested without training anything."""
+"""Run folders as trainings and probes leave them, written by hand, and the tables of the page that a report makes."""
 
+import html.parser
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,39 @@ from shards.gaze import load_targets
 from shards.reader import ShardSet
 
 ENVIRONMENT = {"commit": "0123456789ab", "device": "a processor", "num_devices": 1, "torch": "2.6", "timm": "1.0"}
+
+
+class Tables(html.parser.HTMLParser):
+    """Rows of all tables of a page, each a list of (text, class)."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[tuple[str, str]]]] = []
+        self._open = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append(("", dict(attrs).get("class") or ""))
+            self._open = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = self._open and tag not in ("th", "td")
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            text, kind = self.tables[-1][-1].pop()
+            self.tables[-1][-1].append((text + data, kind))
+
+    def rows(self, *, heading: str) -> dict[str, dict[str, tuple[str, str]]]:
+        """Of the first table with that column: row label to column to cell."""
+        table = next(t for t in self.tables if heading in [text for text, _ in t[0]])
+        columns = [text for text, _ in table[0]]
+        return {row[0][0]: dict(zip(columns[1:], row[1:], strict=True)) for row in table[1:]}
 
 
 def write_student(

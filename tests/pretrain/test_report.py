@@ -1,6 +1,5 @@
 """The report: the same numbers in page, text and JSON; seeds, partial results, published values; a real browser."""
 
-import html.parser
 import json
 import re
 import shutil
@@ -20,42 +19,9 @@ from pretrain.report_config import ReportConfig
 from pretrain.report_gallery import add_gallery, choose_cases
 from pretrain.report_runs import open_groups
 from tests.conftest import TinySample
-from tests.pretrain.report_runs import write_student, write_teacher
+from tests.pretrain.report_runs import Tables, write_student, write_teacher
 
 STUDENTS = ["base-seed0", "base-seed1", "taught-seed0", "taught-seed1", "part"]
-
-
-class Tables(html.parser.HTMLParser):
-    """Rows of all tables of a page, each a list of (text, class)."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tables: list[list[list[tuple[str, str]]]] = []
-        self._open = False
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("th", "td"):
-            self.tables[-1][-1].append(("", dict(attrs).get("class") or ""))
-            self._open = True
-
-    def handle_endtag(self, tag: str) -> None:
-        self._open = self._open and tag not in ("th", "td")
-
-    def handle_data(self, data: str) -> None:
-        if self._open:
-            text, kind = self.tables[-1][-1].pop()
-            self.tables[-1][-1].append((text + data, kind))
-
-    def rows(self, *, heading: str) -> dict[str, dict[str, tuple[str, str]]]:
-        """Of the first table with that column: row label to column to cell."""
-        table = next(t for t in self.tables if heading in [text for text, _ in t[0]])
-        columns = [text for text, _ in table[0]]
-        return {row[0][0]: dict(zip(columns[1:], row[1:], strict=True)) for row in table[1:]}
 
 
 @pytest.fixture(scope="module")
