@@ -133,8 +133,13 @@ def visit(tasks: Sequence[Task], maps: Maps) -> None:
         look(rows)
     else:
         _ = maps.rows  # made once, before threads ask for it
-        with ThreadPoolExecutor(count) as pool:
-            list(pool.map(look, (rows[i::count] for i in range(count))))
+        threads = torch.get_num_threads()
+        try:
+            # one torch thread inside each of ours: teams of both would fight over the cores
+            with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(look, (rows[i::count] for i in range(count))))
+        finally:
+            torch.set_num_threads(threads)
 
 
 class PixelSums:

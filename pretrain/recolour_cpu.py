@@ -9,10 +9,12 @@ import math
 import cv2
 import numpy as np
 
+from pretrain.reuse import ArrayPool
 from pretrain.views import BLUR, BRIGHTNESS, CONTRAST, GREY, HUE, ORDER, ORDERS, SATURATION, SOLARIZE
 
 LEVELS = np.arange(256, dtype=np.float32)
 SOLARIZED = np.where(np.arange(256) >= 128, 255 - np.arange(256), np.arange(256)).astype(np.uint8)
+POOL = ArrayPool()  # of results: a batch of floats is large, and fresh memory for it would cost as much as some colours
 GREY_ROW = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
@@ -30,7 +32,7 @@ def recolour_views(
     """
     offsets, scales = np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
     normalized = ((LEVELS[:, None] / 255 - offsets) / scales)[None]
-    out = np.empty(images.shape, dtype=np.float32)
+    out = POOL.take(images.shape, np.float32)
     for image, parameters, result in zip(images, colours, out, strict=True):
         cv2.LUT(recolour(image, parameters), normalized, dst=result)
     return out
@@ -50,12 +52,14 @@ def recolour(image: np.ndarray, colours: np.ndarray) -> np.ndarray:
 
 def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
     """Multiply by `factor`."""
-    return cv2.LUT(image, _to_uint8(LEVELS * factor))
+    return cv2.convertScaleAbs(image, alpha=factor)
 
 
 def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """Blend with the mean luma."""
     mean = float(GREY_ROW @ np.asarray(cv2.mean(image)[:3], dtype=np.float32))
+    if factor <= 1:  # no value falls below 0, and the absolute value that comes with scaling is the value
+        return cv2.convertScaleAbs(image, alpha=factor, beta=(1 - factor) * mean)
     return cv2.LUT(image, _to_uint8(factor * LEVELS + (1 - factor) * mean))
 
 
@@ -73,8 +77,8 @@ def adjust_hue(image: np.ndarray, turns: float) -> np.ndarray:
 
 
 def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian of `sigma` pixels, kernel a tenth of the view; beyond four sigma its weights are below 8 bits."""
-    kernel = min(max(image.shape[0] // 10, 1) | 1, 2 * math.ceil(4 * sigma) + 1)
+    """Gaussian of `sigma` pixels, kernel a tenth of the view; all its weight beyond three sigma is below one level."""
+    kernel = min(max(image.shape[0] // 10, 1) | 1, 2 * math.ceil(3 * sigma) + 1)
     return cv2.GaussianBlur(image, (kernel, kernel), sigma, borderType=cv2.BORDER_REFLECT_101)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from engine.array_task import array_task
 from engine.environment import environment
 from engine.errors import InputError
 from engine.files import atomic_write
@@ -109,27 +110,11 @@ def shards_of_task(config: LabelConfig, images: ShardSet) -> range:
         raise InputError(
             f"first_shard {first}, num_shards {config.num_shards}: {config.shards} has shards 0 to {total - 1}"
         )
-    task, num_tasks = _slurm_task(config)
-    if task >= num_tasks:
-        raise InputError(f"task {task} of num_tasks {num_tasks}: tasks count from 0, so give at most {num_tasks - 1}")
+    task, num_tasks = array_task(config.task, config.num_tasks)
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     part, num_parts = task * world_size + rank, num_tasks * world_size
     bounds = [first + i * (stop - first) // num_parts for i in (part, part + 1)]
     return range(*bounds)
-
-
-def _slurm_task(config: LabelConfig) -> tuple[int, int]:
-    """Task number and count, where not given from SLURM's job array, whose indices may begin and step anywhere."""
-
-    def slurm(name: str, default: int) -> int:
-        return int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
-
-    count = config.num_tasks or slurm("COUNT", 1)
-    if config.task is not None:
-        return config.task, count
-    first = 0 if config.num_tasks is not None else slurm("MIN", 0)
-    step = 1 if config.num_tasks is not None else slurm("STEP", 1)
-    return (slurm("ID", first) - first) // step, count
 
 
 def claim_directory(directory: Path, config: LabelConfig, images: ShardSet) -> None:
