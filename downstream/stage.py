@@ -69,8 +69,8 @@ def train_stage(task: Task, config: DownstreamConfig, stage: Stage, *, ranks: Ra
     model = task.build_model()
     if stage.start is not None:
         model.load_state_dict(stage.start)
-    modalities = list(stage.maps or {})
-    learner = Learner(model, arm=stage.arm, modalities={name: task.modalities[name] for name in modalities})
+    supervised = {name: task.modalities[name] for name in stage.maps or {}}
+    learner = Learner(model, arm=stage.arm, modalities=supervised)
     plan = plan_steps(
         batch_size=config.data.batch_size,
         epochs=stage.epochs,
@@ -91,34 +91,41 @@ def train_stage(task: Task, config: DownstreamConfig, stage: Stage, *, ranks: Ra
         total_steps=plan.total_steps,
         identity={"data": str(sorted(task.facts.get("sha256", {}).items()))},
     )
-    every = math.ceil(plan.steps_per_epoch)
     with training:
-        start = training.resume()
-        objective = SupervisedObjective(
-            module=training.module,
-            learner=learner,
-            arm=stage.arm if modalities else "baseline",
-            modalities=modalities,
-            config=config.supervision,
-            balance_steps=every,
-            state=training.extra,
-            ranks=ranks,
-            device=accelerator.device,
-        )
-        batches = training_batches(
-            ExampleDataset(task.train, maps=dict(stage.maps or {}), use=dict(stage.use or {})),
-            batch_size=config.data.batch_size,
-            # another order than the first step's, the same for every arm
-            seed=stage.seed if stage.arm == FIRST_STEP else stage.seed + 1_000_003,
-            loop=config.loop,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            start_step=start,
-            stop_step=plan.total_steps,
-        )
-        fit(training, batches, objective, start_step=start, hooks=[(every, Choice(training, task))])
+        _learn(training, learner, task, config, stage, every=math.ceil(plan.steps_per_epoch))
         _finish(training, task, stage)
     return run
+
+
+def _learn(
+    training: Training, learner: Learner, task: Task, config: DownstreamConfig, stage: Stage, *, every: int
+) -> None:
+    """Train to the last step; the epoch, `every` steps, ends with a choice and begins the balance of the losses."""
+    start, ranks = training.resume(), training.ranks
+    modalities = list(stage.maps or {})
+    objective = SupervisedObjective(
+        module=training.module,
+        learner=learner,
+        arm=stage.arm if modalities else "baseline",
+        modalities=modalities,
+        config=config.supervision,
+        balance_steps=every,
+        state=training.extra,
+        ranks=ranks,
+        device=training.accelerator.device,
+    )
+    batches = training_batches(
+        ExampleDataset(task.train, maps=dict(stage.maps or {}), use=dict(stage.use or {})),
+        batch_size=config.data.batch_size,
+        # another order than the first step's, the same for every arm
+        seed=stage.seed if stage.arm == FIRST_STEP else stage.seed + 1_000_003,
+        loop=config.loop,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        start_step=start,
+        stop_step=training.total_steps,
+    )
+    fit(training, batches, objective, start_step=start, hooks=[(every, Choice(training, task))])
 
 
 class Choice:
