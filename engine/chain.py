@@ -21,7 +21,7 @@ from engine.errors import InputError
 from engine.program import REPOSITORY, run_program
 from engine.progress import duration, report
 
-# What launchers tell their children; a program started from inside a rank must not take it for its own.
+# What launchers, and W&B's service of this process, tell their children; a program must not take it for its own.
 LAUNCHER_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -30,6 +30,7 @@ LAUNCHER_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
     "GROUP_RANK",
+    "WANDB_SERVICE",
 )
 LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
 

@@ -32,7 +32,7 @@ def accelerate(config: str, *arguments: object, cwd: Path | None = None) -> subp
 
 def clean_environment() -> dict[str, str]:
     """Environment without a launcher's variables, one thread per process: a test machine has few cores."""
-    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "WANDB_SERVICE")
     kept = {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("ACCELERATE_")}
     return kept | {"OMP_NUM_THREADS": "1", "WANDB_MODE": kept.get("WANDB_MODE", "offline")}
 
