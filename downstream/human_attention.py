@@ -11,7 +11,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,6 +24,7 @@ from downstream.stage import best_weights
 from downstream.tasks.registry import open_task
 from engine.errors import InputError
 from engine.launch import build_accelerator
+from engine.program import config_from_dict
 from engine.progress import report
 from engine.runs import RunFolder
 from shards.decode import MAX_MAP_SIDE, image_size
@@ -211,11 +211,4 @@ def read_stage_config(run: RunFolder) -> DownstreamConfig:
     Raises:
         InputError: no run there, or one of another program.
     """
-    values = run.read_config()
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(DownstreamConfig)
-    try:
-        namespace = parser.instantiate(parser.parse_object(values))
-    except Exception as error:
-        raise InputError(f"{run.config_file} is no fine-tune's config: {' '.join(str(error).split())}") from error
-    return DownstreamConfig(**{name: namespace[name] for name in values})
+    return config_from_dict(DownstreamConfig, run.read_config(), source=run.config_file, what="fine-tune's config")

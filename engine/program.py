@@ -68,6 +68,24 @@ def parse_config(
     return _plain(config_class(**values)), bool(namespace["check"])
 
 
+def config_from_dict(config_class: type[ConfigT], values: dict[str, Any], *, source: Path, what: str) -> ConfigT:
+    """The config that `config_to_dict` made `values` of.
+
+    Args:
+        source: the file they come from, and `what` it should hold: for the message.
+
+    Raises:
+        InputError: values of another program or version.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class)
+    try:
+        namespace = parser.instantiate(parser.parse_object(values))
+    except Exception as error:  # whatever the parser makes of a foreign file
+        raise InputError(f"{source} is no {what}: {' '.join(str(error).split())}") from error
+    return config_class(**{name: namespace[name] for name in values})
+
+
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dictionary of a config dataclass, ready for YAML or JSON."""
     result: dict[str, Any] = {}

