@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from downstream.config import DownstreamConfig
@@ -140,7 +140,6 @@ class Choice:
         model = unwrap(training.module).model
         assert isinstance(model, AttentionModel)
         score = accuracy(model, self.task.held_out, ranks=training.ranks, device=training.accelerator.device)
-        weights = {name: value for name, value in training.weights().items() if name.startswith("model.")}
         best = training.extra.get("best")
         if training.ranks.is_main:
             assert training.tracker is not None
@@ -148,12 +147,10 @@ class Choice:
             training.report(f"after step {step}: held-out accuracy {score:.2f}")
         if best is None or score > best["score"]:
             training.extra["best"] = {"score": score, "step": step}
+            weights = {name: value for name, value in training.weights().items() if name.startswith("model.")}
             if training.ranks.is_main:
-                path = training.run.path / BEST
-                temporary = path.with_suffix(".tmp")
-                save_file({n.removeprefix("model."): t.contiguous() for n, t in weights.items()}, temporary)
-                atomic_write(path, temporary.read_bytes())
-                temporary.unlink()
+                plain = {name.removeprefix("model."): value.contiguous() for name, value in weights.items()}
+                atomic_write(training.run.path / BEST, save(plain))
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from downstream.miner import Surrogates
@@ -40,11 +40,8 @@ class SurrogateStore:
     def write_part(self, number: int, found: Surrogates) -> None:
         """Write one part under a temporary name and rename it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self._part(number).with_suffix(".tmp")
         tensors = {"maps": found.maps.half(), "best": found.best, "scores": found.scores, "unmasked": found.unmasked}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        atomic_write(self._part(number), temporary.read_bytes())
-        temporary.unlink()
+        atomic_write(self._part(number), save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
 
     def seal(self, keys: Sequence[str], facts: dict[str, Any]) -> None:
         """Write the manifest over all parts; the keys beside them say whose surrogates they are."""
