@@ -116,6 +116,8 @@ class SpoilingProxy(ThreadingHTTPServer):
 
     "ok", "drop" (closes without a word), "short" (half the body, then closes), "cut" (half the body as if it were all),
     "503", "403", "slow" (half a second late), "stale" (other bytes, same length), "whole" (the whole file for a range).
+    With `in_a_row`, one file's range is spoiled at most so often in a row: several clients share the turns, and one of
+    them could else meet nothing but faults until its tries are used up.
     """
 
     daemon_threads = True
@@ -123,7 +125,9 @@ class SpoilingProxy(ThreadingHTTPServer):
     def __init__(self, upstream: int, faults: Sequence[str] = ("ok",)) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream, self.faults, self.delay_s = upstream, list(faults), 0.0
+        self.in_a_row: int | None = None
         self.turn, self.lock = 0, threading.Lock()
+        self.row: Counter[tuple[str, str]] = Counter()
         self.seen: Counter[tuple[str, str]] = Counter()
         self.spoiled: Counter[str] = Counter()
 
@@ -136,8 +140,12 @@ class SpoilingProxy(ThreadingHTTPServer):
         """Note a request and say what becomes of it."""
         with self.lock:
             self.seen[path.rpartition("/")[2], byte_range] += 1
-            fault = self.faults[self.turn % len(self.faults)]
-            self.turn += 1
+            if self.row[path, byte_range] == self.in_a_row:
+                fault = "ok"
+            else:
+                fault = self.faults[self.turn % len(self.faults)]
+                self.turn += 1
+            self.row[path, byte_range] = 0 if fault == "ok" else self.row[path, byte_range] + 1
             self.spoiled[fault] += 1
         return fault
 

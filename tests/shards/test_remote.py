@@ -27,7 +27,7 @@ EVERY_FAULT = ["ok", "drop", "ok", "short", "ok", "503", "ok", "stale", "ok", "c
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "ranges"])
 def test_training_reads_the_same_from_a_failing_web_server(local: ShardSet, web: SpoilingProxy, whole: bool) -> None:
     expected = trained_on(local, workers=0)
-    web.faults = EVERY_FAULT
+    web.faults, web.in_a_row = EVERY_FAULT, 2
     assert trained_on(on_web(web, whole_shards=whole), workers=2) == expected
     assert all(web.spoiled[fault] >= 1 for fault in EVERY_FAULT)
 
@@ -53,10 +53,10 @@ def test_training_reads_the_same_from_a_failing_s3(
         labels = f"{base}/labels/5accade05accade0"
         remote = ShardSet(Path(base) / "set", labels=Path(labels), remote=options(whole_shards=whole))
         assert str(remote.root) == f"{base}/set"
-        proxy.faults = EVERY_FAULT
+        proxy.faults, proxy.in_a_row = EVERY_FAULT, 2
         assert trained_on(remote, workers=2) == expected
         assert all(proxy.spoiled[fault] >= 1 for fault in EVERY_FAULT)
-        proxy.faults = ["503"]
+        proxy.faults, proxy.in_a_row = ["503"], None
         with pytest.raises(RemoteFault, match=r"s3://saccade-test/set/manifest.json: .* after 3 tries") as caught:
             ShardSet(f"{base}/set", remote=options(retries=2))
         assert "\n" not in str(caught.value) and "sesame" not in str(caught.value)

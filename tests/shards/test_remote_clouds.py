@@ -63,7 +63,7 @@ def test_training_reads_the_same_from_a_failing_google_storage(
     local: ShardSet, google: SpoilingProxy, whole: bool
 ) -> None:
     remote = on_google(whole_shards=whole)
-    google.faults = EVERY_FAULT
+    google.faults, google.in_a_row = EVERY_FAULT, 2
     assert trained_on(remote, workers=2) == trained_on(local, workers=0)
     assert all(google.spoiled[fault] >= 1 for fault in EVERY_FAULT)
 
