@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.environment import environment as engine_environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -57,6 +59,8 @@ def report(
 ) -> None:
     """Write `results/NAME.json` and `.md`, and print the result as one line of JSON.
 
+    What a machine with a GPU measured goes to `results/gpu/`, beside what a machine without one did.
+
     Args:
         name: of the benchmark.
         figures: name to number; ratios are named `<ours>_vs_<theirs>`, above 1 meaning ours is better.
@@ -69,7 +73,8 @@ def report(
     rows = "\n".join(f"| {figure} | {value:.4g} |" for figure, value in figures.items())
     facts = "\n".join(f"- {key}: {value}" for key, value in environment.items())
     parts = [f"# {title}", notes, f"| Figure | Value |\n|---|---|\n{rows}", table, f"Measured with:\n\n{facts}"]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.md").write_text("\n\n".join(part for part in parts if part) + "\n")
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    folder = RESULTS / "gpu" if torch.cuda.is_available() else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))

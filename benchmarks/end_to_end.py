@@ -2,7 +2,7 @@
 
     python benchmarks/end_to_end.py --source FOLDER [--epochs 4] [--size 64] [--batch 256]
     python benchmarks/end_to_end.py --source FOLDER --size 224 --backbone resnet50 --batch 512 --num_workers 16 \
-        --compile --warmup 20 --name end_to_end_gpu             where a GPU is at hand
+        --compile --warmup 20                                   where a GPU is at hand
 
 FOLDER holds train/<class>/*.jpg and val/<class>/*.jpg, e.g. Imagenette at 128 pixels; without val/ nothing is probed.
 By turns in one run, the same machine and number of loader processes: lightly's loop (torchvision's ImageFolder,
@@ -243,7 +243,7 @@ def _report(
     names = ("backbone", "size", "batch", "precision", "lightly_precision", "compile", "num_workers", "warmup")
     given = {name: getattr(options, name) for name in names}
     report(
-        options.name + ("" if options.lightly_precision == "no" else "_bf16"),
+        "end_to_end" if options.lightly_precision == "no" else "end_to_end_bf16",
         figures=figures,
         environment=environment(**given, num_images=num_images, steps=steps, turns=options.turns, lr=options.lr),
         title="Training from JPEGs against lightly's documented SimCLR loop",
@@ -276,7 +276,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--lightly_precision", choices=["no", "bf16"], default="no", help="(default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile")
     parser.add_argument("--warmup", type=int, default=5, help="untimed steps first (default: %(default)s)")
-    parser.add_argument("--name", default="end_to_end", help="of the results' files (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=2, help="loader processes (default: %(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=device, help="(default: %(default)s)")
     parser.add_argument("--probe_images", type=int, default=10000, help="of each split (default: %(default)s)")
