@@ -162,21 +162,22 @@ def crop_mass(maps: Tensor, boxes: Tensor) -> Tensor:
     return torch.einsum("bh,bhw,bw->b", rows, density, columns)
 
 
-def encode_map(maps: Tensor) -> Tensor:
-    """Quantise maps to 8 bits by square-root companding: `q = round(255 * sqrt(m / max(m)))`.
+def encode_map(maps: Tensor, *, step: int = 1) -> Tensor:
+    """Quantise maps to 8 bits by square-root companding: `q = s * round(floor(255 / s) * sqrt(m / max(m)))`.
 
     The square root spends the codes where densities have most of their area, near zero. Only ratios within a map
     survive.
 
     Args:
         maps: `(..., height, width)`, non-negative; unusable maps count as uniform (see `to_density`).
+        step: s; coarser codes take fewer bytes when they are compressed.
 
     Returns:
-        `(..., height, width)` uint8; the peak is 255.
+        `(..., height, width)` uint8; the peak is 255, or the largest multiple of `step` below.
     """
     density = to_density(maps)
     peak = density.amax(dim=(-2, -1), keepdim=True)
-    return (MAX_CODE * (density / peak).sqrt()).round().to(torch.uint8)
+    return (MAX_CODE // step * (density / peak).sqrt()).round().mul(step).to(torch.uint8)
 
 
 def decode_map(codes: Tensor) -> Tensor:
@@ -191,13 +192,13 @@ def decode_map(codes: Tensor) -> Tensor:
     return to_density((codes.float() / MAX_CODE).square())
 
 
-def encode_map_np(maps: np.ndarray) -> np.ndarray:
+def encode_map_np(maps: np.ndarray, *, step: int = 1) -> np.ndarray:
     """`encode_map` for numpy arrays."""
-    return encode_map(torch.from_numpy(np.ascontiguousarray(maps))).numpy()
+    return encode_map(torch.from_numpy(np.ascontiguousarray(maps)), step=step).numpy()
 
 
 def decode_map_np(codes: np.ndarray) -> np.ndarray:
-    """`decode_map` for numpy arrays, in plain numpy: reader workers call it once a sample."""
+    """`decode_map` for numpy arrays, in plain numpy: what reads sample by sample calls it once for each."""
     squares = np.square(codes.astype(np.float32))
     total = squares.sum(axis=(-2, -1), keepdims=True)
     uniform = np.float32(1.0 / (codes.shape[-2] * codes.shape[-1]))

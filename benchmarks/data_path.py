@@ -4,15 +4,17 @@
 
 One process, one thread, processor time, by turns in one run; results are dropped as they come, as a training step
 drops its batch. On OSIE's stimuli resized to 500x375 (quality 90), views of 224 pixels with SimCLR's augmentations;
-and on Imagenette's 128x128 files as they are, with view size and augmentations of configs/pretrain/imagenette.yaml
-(64 pixels) and, as `imagenette_128`, with views of 128 pixels and SimCLR's. "worker" ends at two uint8 crops with
-their label map, as a data-loader worker hands them on; "all in" adds the colours and normalisation, done on the same
-core. "decode" is simplejpeg alone on the JPEG, as it is called by default. "limit" is what our worker cannot leave
-out: simplejpeg as the worker calls it (into memory that it keeps, colours repeated, not interpolated), two bare
-OpenCV resizes with the worker's crops and kernels, and the decode of the map's PNG; files are in memory, nothing is
-drawn, checked, flipped or counted. "without_map" leaves the maps out of both. Maps are an image's own low-pass
-contrast, about as large as a teacher's: one map for all would teach the processor its branches. Bytes read from a
-cold page cache: benchmarks/cold_reads.py.
+and on Imagenette's 128x128 files as they are, with batch, view size and augmentations of
+configs/pretrain/imagenette.yaml (256, 64 pixels) and, as `imagenette_128`, with views of 128 pixels and SimCLR's.
+"worker" ends at two uint8 crops with their label map's codes, as a data-loader worker hands them on; "all in" adds the
+colours and normalisation, and the densities of the maps, done on the same core. "decode" is simplejpeg alone on the
+JPEG, as it is called by default. "limit" is what our worker cannot leave out: simplejpeg as the worker calls it (into
+memory that it keeps, colours repeated, not interpolated, four bytes a pixel), two bare OpenCV resizes with the worker's
+crops and kernels, the fourth byte dropped, and the decompression of the map; files are in memory, nothing is drawn,
+checked, flipped or counted. "without_map" leaves the maps out of both. Maps are an image's own low-pass contrast, about
+as large as a teacher's: one map for all would teach the processor its branches. `inflate` in the environment tells
+whether maps were decompressed by ISA-L (the package `isal`) or by zlib. Bytes read from a cold page cache:
+benchmarks/cold_reads.py.
 """
 
 import argparse
@@ -40,9 +42,10 @@ from torchvision.transforms import v2
 from pretrain.augment import recolour
 from pretrain.config import ViewsConfig
 from pretrain.data import ViewDataset
-from pretrain.views import draw_views, resize_kernel
+from pretrain.views import draw_views, quick_kernels, resize_kernel
 from shards.decode import Scratch
 from shards.labels import encode_label, label_directory, seal_labels, write_label_shard
+from shards.map_png import read_map_png
 from shards.pack import pack
 from shards.reader import ShardSet
 from shards.sources.image_folder import ImageFolder as FolderSource
@@ -108,6 +111,7 @@ def ours(case: Case, shards: ShardSet) -> dict[str, Callable[[], object]]:
     def all_in() -> None:
         for group in groups:
             views = dataset.__getitems__(group)
+            views.densities()
             recolour(views.images.flatten(0, 1), views.colours.flatten(0, 1), mean=MEAN, std=STD)
 
     return {
@@ -123,21 +127,23 @@ def limits(case: Case) -> dict[str, Callable[[], object]]:
     count = len(sizes)
     drawn = draw_views(case.views, seed=0, epochs=[0] * count, samples=range(count), sizes=sizes, num_views=2)
     crops = drawn.crops.swapaxes(0, 1).tolist()
-    pngs = [np.frombuffer(label_map(image), dtype=np.uint8) for image in case.images]
-    out = np.empty((case.size, case.size, 3), dtype=np.uint8)
-    memory = Scratch().take(3 * max(height * width for height, width in sizes))
+    pngs = [label_map(image) for image in case.images]
+    shape, out = (case.size, case.size), np.empty((case.size, case.size, 3), dtype=np.uint8)
+    four = np.empty((case.size, case.size, 4), dtype=np.uint8)
+    memory = Scratch().take(4 * max(height * width for height, width in sizes))
 
     def two_resizes(image: np.ndarray, two: list[list[int]]) -> None:
         for top, left, tall, wide in two:
             part = image[top : top + tall, left : left + wide]
-            kernel = resize_kernel(min(tall, wide) / case.size)
-            cv2.resize(part, (case.size, case.size), dst=out, interpolation=kernel)
+            cv2.resize(part, shape, four, 0, 0, resize_kernel(min(tall, wide) / case.size))
+            cv2.cvtColor(four, cv2.COLOR_RGBA2RGB, out)
 
     def limit(maps: bool) -> None:
-        for data, two, png in zip(case.images, crops, pngs, strict=True):
-            two_resizes(simplejpeg.decode_jpeg(data, fastupsample=True, buffer=memory), two)
-            if maps:
-                cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
+        with quick_kernels():
+            for data, two, png in zip(case.images, crops, pngs, strict=True):
+                two_resizes(simplejpeg.decode_jpeg(data, "RGBX", fastupsample=True, buffer=memory), two)
+                if maps:
+                    read_map_png(png)
 
     return {
         "decode": lambda: drop(simplejpeg.decode_jpeg(data) for data in case.images),
@@ -218,7 +224,12 @@ def cases(source: Path, count: int) -> dict[str, Case]:
     recipe = yaml.safe_load(RECIPE.read_text())
     return {
         "": Case(osie_like(source, count), 224, ViewsConfig()),
-        "imagenette_": Case(nette, recipe["data"]["image_size"], ViewsConfig(**recipe["views"])),
+        "imagenette_": Case(
+            nette,
+            recipe["data"]["image_size"],
+            ViewsConfig(**recipe["views"]),
+            batch=recipe["data"]["batch_size"],
+        ),
         "imagenette_128_": Case(nette, 128, ViewsConfig()),
     }
 

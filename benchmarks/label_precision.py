@@ -16,9 +16,9 @@ from common import environment, report
 
 from attention.losses import kld
 from attention.maps import decode_map_np
-from shards.decode import decode_map_png
 from shards.gaze import resize_density
 from shards.labels import encode_label
+from shards.map_png import decode_map_png
 from shards.reader import ShardSet
 from teacher.data import load_image
 from teacher.saved import load_teacher

@@ -10,19 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from attention.maps import decode_map_np
+from attention.maps import decode_map
 from engine.errors import InputError
 from engine.loading import TensorBatch, make_loader
 from engine.settings import LoopConfig
 from pretrain.config import DataConfig, ViewsConfig
 from pretrain.reuse import ArrayPool
-from pretrain.views import Views, cut_views, draw_views
-from shards.decode import Scratch, image_size
+from pretrain.views import ViewCutter, Views, draw_views, quick_kernels
+from shards.decode import ImageHeader, image_header
 from shards.location import is_remote
+from shards.map_png import Codes, MapRows, stack_codes
 from shards.order import SampleOrder, StepBatches
 from shards.reader import BadSample, ShardSet
-
-MAPS_AT_ONCE = 8
 
 Position = tuple[int, int, int]  # epoch, shard, row
 
@@ -36,7 +35,8 @@ class Batch(TensorBatch):
         boxes: crops `(num_views, batch, 4)` as top, left, height, width, fractions of the image.
         flips: bool `(num_views, batch)`.
         colours: float32 `(num_views, batch, NUM_COLOURS)`.
-        maps: attention densities of the whole images, float32 `(batch, rows, columns)`, or None without labels.
+        maps: attention maps of the whole images, `(batch, rows, columns)`, as uint8 codes of `attention.maps` or as
+            float densities; None without labels. `densities` gives the latter.
         labels: class numbers `(batch,)`, -1 for none.
         valid: bool `(batch,)`; false where the sample could not be read, its place filled with zeros.
         bad: key and reason of each sample that could not be read.
@@ -50,6 +50,11 @@ class Batch(TensorBatch):
     labels: Tensor
     valid: Tensor
     bad: list[str]
+
+    def densities(self) -> Tensor:
+        """Attention densities of the whole images, float `(batch, rows, columns)`, on the device of the maps."""
+        assert self.maps is not None
+        return decode_map(self.maps) if self.maps.dtype == torch.uint8 else self.maps
 
 
 def find_label_set(path: Path) -> Path:
@@ -70,15 +75,15 @@ def find_label_set(path: Path) -> Path:
 
 
 class _File(NamedTuple):
-    """A sample on its way into a batch: the image file, its upright height and width, class, codes of its map."""
+    """A sample on its way into a batch: the image file, what its header says, class, codes of its map."""
 
     data: bytes
-    size: tuple[int, int]
+    header: ImageHeader
     label: int
-    codes: np.ndarray
+    codes: Codes
 
 
-_NO_CODES = np.zeros((0, 0), dtype=np.uint8)
+_NO_CODES = MapRows((0, 0), b"")
 
 
 class ViewDataset(Dataset[Batch]):
@@ -89,7 +94,7 @@ class ViewDataset(Dataset[Batch]):
     ) -> None:
         self.shards, self.views, self.num_views, self.seed = shards, views, num_views, seed
         self.image_size, self.map_size = image_size, map_size
-        self._images, self._maps, self._scratch = ArrayPool(), ArrayPool(), Scratch()
+        self._images, self._maps, self._cutter = ArrayPool(), ArrayPool(), ViewCutter(image_size)
 
     def __getitem__(self, position: Position) -> Batch:
         return self.__getitems__([position])
@@ -102,7 +107,7 @@ class ViewDataset(Dataset[Batch]):
         """
         bad: dict[int, str] = {}
         files = [self._read(number, position, bad) for number, position in enumerate(positions)]
-        sizes = np.array([file.size for file in files], dtype=np.int64)
+        sizes = np.array([file.header[:2] for file in files], dtype=np.int64)
         views = self._draw(positions, sizes)
         images = self._cut(positions, files, views, bad)
         boxes = (views.crops / sizes[:, [0, 1, 0, 1]]).astype(np.float32)
@@ -112,7 +117,7 @@ class ViewDataset(Dataset[Batch]):
             failed = sorted(bad)
             valid[failed], labels[failed], views.flips[:, failed] = False, -1, False
             images[:, failed], boxes[:, failed], views.colours[:, failed] = 0, (0, 0, 1, 1), 0
-        maps = self._densities(files) if self.map_size else None
+        maps = self._codes(files) if self.map_size else None
         return Batch(
             images=torch.from_numpy(images),
             boxes=torch.from_numpy(boxes),
@@ -132,20 +137,20 @@ class ViewDataset(Dataset[Batch]):
             codes = _NO_CODES if stored.codes is None else stored.codes
             if self.map_size and codes.shape != (self.map_size, self.map_size):
                 raise ValueError(f"its label map is {codes.shape}, those of the set are {self.map_size} on a side")
-            return _File(stored.image, image_size(stored.image), stored.label, codes)
+            return _File(stored.image, image_header(stored.image), stored.label, codes)
         except BadSample as error:
             bad[number] = str(error)
         except ValueError as error:
             bad[number] = self._message(position, error)
-        return _File(b"", (1, 1), -1, np.zeros((self.map_size, self.map_size), dtype=np.uint8))
+        return _File(b"", ImageHeader(1, 1, False), -1, np.zeros((self.map_size, self.map_size), dtype=np.uint8))
 
     def _draw(self, positions: list[Position], sizes: np.ndarray) -> Views:
-        starts = self.shards.shard_starts
+        epochs, shards, rows = np.array(positions, dtype=np.int64).T
         return draw_views(
             self.views,
             seed=self.seed,
-            epochs=[epoch for epoch, _, _ in positions],
-            samples=[int(starts[shard]) + row for _, shard, row in positions],
+            epochs=epochs,
+            samples=self.shards.shard_starts[shards] + rows,
             sizes=sizes,
             num_views=self.num_views,
         )
@@ -154,21 +159,18 @@ class ViewDataset(Dataset[Batch]):
         size = self.image_size
         images = self._images.take((self.num_views, len(files), size, size, 3), np.uint8)
         crops, flips = views.crops.swapaxes(0, 1).tolist(), views.flips.T.tolist()
-        for number, file in enumerate(files):
-            if number not in bad:
-                try:
-                    out = images[:, number]
-                    cut_views(file.data, crops[number], flips[number], stored=file.size, out=out, scratch=self._scratch)
-                except ValueError as error:
-                    bad[number] = self._message(positions[number], error)
+        with quick_kernels():
+            for number, file in enumerate(files):
+                if number not in bad:
+                    try:
+                        self._cutter.cut(file.data, file.header, crops[number], flips[number], out=images[:, number])
+                    except ValueError as error:
+                        bad[number] = self._message(positions[number], error)
         return images
 
-    def _densities(self, files: list[_File]) -> np.ndarray:
-        """Maps, a few at a time: what is computed on the way then stays in the processor's cache."""
-        maps = self._maps.take((len(files), self.map_size, self.map_size), np.float32)
-        for start in range(0, len(files), MAPS_AT_ONCE):
-            part = slice(start, start + MAPS_AT_ONCE)
-            maps[part] = decode_map_np(np.stack([file.codes for file in files[part]]))
+    def _codes(self, files: list[_File]) -> np.ndarray:
+        maps = self._maps.take((len(files), self.map_size, self.map_size), np.uint8)
+        stack_codes([file.codes for file in files], maps)
         return maps
 
     def _message(self, position: Position, error: ValueError) -> str:

@@ -20,6 +20,7 @@ from pretrain.model import StudentOutput
 
 # Images of a rank on which the gradients of the losses are compared.
 GRADIENT_IMAGES = 32
+MAIN_GRADIENT = "main_gradient"
 
 
 @dataclass
@@ -119,12 +120,13 @@ class Objective:
 
         `gradient_ratio` is the norm of lambda L_attn's gradient over that of the contrastive loss (or of cross
         entropy), with respect to the trunk's parameters. The images' share of the contrastive gradient is that of the
-        whole batch, negatives of all ranks included.
+        whole batch, negatives of all ranks included. In arm co-train, whose attention loss is of other images,
+        `MAIN_GRADIENT` is the second of the two norms, scaled up from these images to the batch.
         """
         found: dict[str, Tensor] = {}
         if known is not None:
             found |= describe_embeddings(*known.views(), valid=batch.valid.to(self.device))
-        if self.config.attends:
+        if self.config.has_heads:
             few = split_batch(part, GRADIENT_IMAGES)[0]
             gradient = None if known is None else self._first_rows(known.gradients[0], few)
             share = len(few.valid) / len(batch.valid)
@@ -133,7 +135,10 @@ class Objective:
                 self._first_rows(images, few),
                 lambda output: self._losses(output, few, gradient, share=share)[0],
             )
-            found |= {"gradient_ratio": norms["attention"] / norms["main"]} if norms else {}
+            if norms and self.config.attends:
+                found["gradient_ratio"] = norms["attention"] / norms["main"]
+            elif norms:
+                found[MAIN_GRADIENT] = norms["main"] / share
         return found
 
     def _first_rows(self, rows: Tensor, few: Batch) -> Tensor:
@@ -148,9 +153,8 @@ def attention_objective(
 
     The mean divides by the number of views, counted out or not, so that ranks need not exchange counts.
     """
-    assert batch.maps is not None
     num_views = batch.boxes.shape[0]
-    maps = batch.maps.repeat(num_views, 1, 1)
+    maps = batch.densities().repeat(num_views, 1, 1)
     boxes, flips = batch.boxes.flatten(0, 1), batch.flips.flatten()
     used = (crop_mass(maps, boxes) >= config.min_mass) & batch.valid.repeat(num_views)
     share = used.float().mean()

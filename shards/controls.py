@@ -7,9 +7,11 @@ import numpy as np
 
 from attention.maps import decode_map_np
 from engine.errors import InputError
-from shards.decode import decode_map_png
-from shards.labels import encode_label, labels_complete, seal_labels, stored_keys, write_label_shard
-from shards.manifest import Manifest
+from shards.folder import open_folder
+from shards.labels import MAP, encode_label, labels_complete, seal_labels, stored_keys, write_label_shard
+from shards.manifest import Manifest, holds_objects, read_manifest
+from shards.map_png import decode_map_png
+from shards.objects import OBJECTS
 from shards.order import stable_permutation
 from shards.reader import BadSample, ShardSet
 
@@ -25,7 +27,7 @@ def write_control(
 
     Args:
         kind: `shuffled`: every image gets another image's map (one random cycle over all maps, so none keeps its own);
-            `centre_bias`: every image gets the mean of all maps.
+            `centre_bias`: every image gets the mean of all maps. Of objects there is `shuffled` alone.
         labels: folder of the sealed label set.
         root: folder for label sets; the control gets its own folder in it, named for teacher, kind and seed.
 
@@ -37,7 +39,10 @@ def write_control(
     """
     if kind not in CONTROLS:
         raise InputError(f"control {kind!r}: give one of {', '.join(CONTROLS)}")
-    source = ShardSet(images.root, labels=labels, remote=images.remote)
+    objects = holds_objects(read_manifest(open_folder(labels, remote=images.remote), kind="labels"))
+    if objects and kind != "shuffled":
+        raise InputError(f"control {kind!r} of {labels}: these labels are objects, which have no mean: give shuffled")
+    source = ShardSet(images.root, labels=labels, objects=objects, remote=images.remote)
     assert source.label_manifest is not None  # labels were given
     teacher, settings = (dict(source.label_manifest.extra[key]) for key in ("teacher", "settings"))
     directory = Path(root) / (str(teacher["hash"])[:16] + (f"-shuffled-{seed}" if kind == "shuffled" else f"-{kind}"))
@@ -51,7 +56,8 @@ def write_control(
             if not labels_complete(directory, images, shard):
                 rows = rows_of.get(shard, [])
                 keys = stored_keys(images, shard)
-                write_label_shard(directory, images, shard, ((keys[row], map_at((shard, row))) for row in rows))
+                given = ((keys[row], map_at((shard, row))) for row in rows)
+                write_label_shard(directory, images, shard, given, member=OBJECTS if objects else MAP)
     except BadSample as error:
         raise InputError(f"{labels}: {error}: run python shards/verify.py {labels}") from error
     control = {"control": kind} | ({"seed": seed} if kind == "shuffled" else {})

@@ -17,6 +17,7 @@ from shards.folder import Folder, LocalFolder, open_folder
 SCHEMA = 1
 FILE_NAME = "manifest.json"
 MIN_HASH_CHARACTERS = 8
+OBJECT_ENCODING = "coco_rle"
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.tar")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
@@ -216,15 +217,32 @@ def _hash_array(texts: list[Any]) -> np.ndarray:
     return np.frombuffer(bytes.fromhex("".join(texts)), dtype=np.uint8).reshape(len(texts), 32)
 
 
-def check_labels(where: Path | str, labels: Manifest, images: Manifest, *, teacher_hash: str | None = None) -> None:
+def holds_objects(labels: Manifest) -> bool:
+    """Whether these labels are objects (`shards/objects.py`) rather than maps."""
+    settings = labels.extra.get("settings")
+    return isinstance(settings, dict) and settings.get("encoding") == OBJECT_ENCODING
+
+
+def check_labels(
+    where: Path | str,
+    labels: Manifest,
+    images: Manifest,
+    *,
+    teacher_hash: str | None = None,
+    objects: bool | None = None,
+) -> None:
     """Refuse labels that were not written for these images or by this teacher.
 
     Args:
         teacher_hash: the teacher's checkpoint hash or its first characters, at least 8; None accepts any teacher.
+        objects: whether objects are needed, or maps; None accepts both.
 
     Raises:
         InputError: what differs, and what to do.
     """
+    if objects not in (None, holds_objects(labels)):
+        have, need = ("maps", "objects") if objects else ("objects", "maps")
+        raise InputError(f"{where}: these labels are {have}, but {need} are needed here: give the folder of {need}")
     found = labels.extra.get("images")
     digest = found.get("digest") if isinstance(found, dict) else None
     same_keys = np.array_equal(labels.hashes["keys_digest"], images.hashes["keys_digest"])

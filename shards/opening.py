@@ -35,7 +35,8 @@ class OpenShard:
 
     def read(self, offset: int, size: int, accept: Accept | None = None) -> bytes:
         # Never more than is there: a buffer is made for what is asked, and an index may promise anything.
-        return self.data.read(offset, max(0, min(size, self.data.num_bytes - offset)), accept)
+        left = self.data.num_bytes - offset
+        return self.data.read(offset, size if size <= left else max(0, left), accept)
 
 
 class ShardFiles:

@@ -6,20 +6,20 @@ whatever is wrong with the set as a whole raises `InputError` when it is opened.
 """
 
 import json
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 
 from attention.maps import decode_map_np
 from engine.errors import InputError
-from shards.decode import decode_map_png
 from shards.faults import RemoteFault
 from shards.fetch import RemoteOptions
 from shards.folder import LocalFolder, open_folder
 from shards.manifest import Manifest, check_labels, read_manifest
+from shards.map_png import Codes, read_map_png, summed
 from shards.opening import BadSample, OpenShard, ShardFiles, read_shard_index
 from shards.quarantine import bad_rows, order_digest, read_quarantine
 from shards.tar import BLOCK, TarError, parse_header
@@ -56,14 +56,14 @@ class Sample:
 
 @dataclass(slots=True)
 class Stored:
-    """One sample before anything is decoded beyond its label map's PNG, for those who read whole batches.
+    """One sample before anything is decoded, for those who read whole batches.
 
-    `image` and `label` as in `Sample`; `codes`: `(height, width)` uint8, what `decode_map_np` makes the density of.
+    `image` and `label` as in `Sample`; `codes`: of its map, for `stack_codes`; `decode_map` makes densities of them.
     """
 
     image: bytes
     label: int
-    codes: np.ndarray | None
+    codes: Codes | None
 
 
 class ShardSet:
@@ -74,8 +74,9 @@ class ShardSet:
         labels: folder or URL of the label set to join, or None.
         teacher_hash: the teacher that must have written the labels (the first 8 or more characters of its checkpoint
             hash are enough); None accepts any.
-        check: compare each image's CRC-32 as it is read (about 0.4 microseconds per kB). Maps, and
-            whatever comes from a server, are always compared.
+        objects: the labels are objects (`shards/objects.py` reads them), and samples come without map.
+        check: compare each image's CRC-32 as it is read. Maps, and whatever comes from a server, are
+            always compared.
         remote: how URLs are read; None takes the defaults.
 
     `shard_sizes` counts usable samples: quarantined ones are left out, and rows are numbered without them.
@@ -91,12 +92,14 @@ class ShardSet:
         *,
         labels: Path | str | None = None,
         teacher_hash: str | None = None,
+        objects: bool = False,
         check: bool = True,
         remote: RemoteOptions | None = None,
     ) -> None:
         folder = open_folder(root, remote=remote)
         self.root, self.remote = folder.where, remote
         self.check = check or not isinstance(folder, LocalFolder)
+        self.objects = objects
         self.manifest = read_manifest(folder, kind="images")
         self._images = ShardFiles(folder, self.manifest)
         entries = read_quarantine(folder, self.manifest)
@@ -105,7 +108,7 @@ class ShardSet:
         if labels is not None:
             folder = open_folder(labels, remote=remote)
             self.label_manifest = read_manifest(folder, kind="labels")
-            check_labels(folder.where, self.label_manifest, self.manifest, teacher_hash=teacher_hash)
+            check_labels(folder.where, self.label_manifest, self.manifest, teacher_hash=teacher_hash, objects=objects)
             self._maps = ShardFiles(folder, self.label_manifest)
             entries = entries + read_quarantine(folder, self.label_manifest)
         self.digest = order_digest(self.manifest, entries)
@@ -159,18 +162,22 @@ class ShardSet:
             IndexError: no such shard or row.
         """
         stored = self.read_stored(shard, row)
-        density = None if stored.codes is None else decode_map_np(stored.codes)
+        density = None if stored.codes is None else decode_map_np(summed(stored.codes))
         return Sample(self.key(shard, row), stored.image, stored.label, density, self, shard, row)
 
     def read_stored(self, shard: int, row: int) -> Stored:
         """Read one usable sample with the codes of its map; raises as `read` does."""
-        if not (0 <= shard < self.manifest.num_shards and 0 <= row < self.shard_sizes[shard]):
+        if not (0 <= shard < len(self.shard_sizes) and 0 <= row < self.shard_sizes.item(shard)):
             raise IndexError(f"shard {shard}, row {row}: outside the set")
         stored = self._stored_row(shard, row)
         opened = self._images.get(shard)
         image = self._payload(opened, shard, stored, check=self.check)
-        codes = None if self._maps is None else self._read_codes(shard, stored)
+        codes = None if self._maps is None or self.objects else self._read_codes(self._maps.get(shard), shard, stored)
         return Stored(image, opened.index.label.item(stored), codes)
+
+    def read_label(self, shard: int, row: int) -> bytes | None:
+        """The label of a usable sample as it is stored; None where there is none. Raises as `stored_map` does."""
+        return self.stored_map(shard, self._stored_row(shard, row))
 
     def key(self, shard: int, row: int) -> str:
         """Key of a usable sample.
@@ -214,18 +221,17 @@ class ShardSet:
 
     def _payload(self, opened: OpenShard, shard: int, row: int, *, check: bool) -> bytes:
         index = opened.index
-        size = index.size.item(row)
+        size, crc = index.size.item(row), index.crc.item(row) if check else None
         if not 0 < size <= MAX_PAYLOAD_BYTES:
             reason = "no data" if size < 0 else "zero bytes" if size == 0 else f"{size} bytes are too many"
             raise self._bad_sample(opened, shard, row, reason)
-        crc = index.crc.item(row) if check else None
         try:
-            data = opened.read(index.offset.item(row), size, lambda found: crc is None or zlib.crc32(found) == crc)
+            data = opened.read(index.offset.item(row), size, lambda found: crc is None or isal_zlib.crc32(found) == crc)
         except OSError as error:
             raise self._bad_sample(opened, shard, row, f"cannot be read ({error.strerror})") from error
         if len(data) < size:
             raise self._bad_sample(opened, shard, row, f"cut short: {len(data)} of {size} bytes")
-        if crc is not None and zlib.crc32(data) != crc:
+        if crc is not None and isal_zlib.crc32(data) != crc:
             raise self._bad_sample(opened, shard, row, "its bytes have changed since packing (CRC-32)")
         return data
 
@@ -240,15 +246,15 @@ class ShardSet:
         opened = self._maps.get(shard)
         return self._payload(opened, shard, stored_row, check=True) if opened.index.size[stored_row] >= 0 else None
 
-    def _read_codes(self, shard: int, stored: int) -> np.ndarray:
-        data = self.stored_map(shard, stored)
-        try:
-            if data is None:
-                raise ValueError("none was written for this image")
-            return decode_map_png(data)
-        except ValueError as error:
-            assert self._maps is not None  # stored_map has used it
-            raise self._bad_sample(self._maps.get(shard), shard, stored, str(error)) from error
+    def _read_codes(self, opened: OpenShard, shard: int, stored: int) -> Codes:
+        reason = "none was written for this image"
+        if opened.index.size.item(stored) >= 0:
+            data = self._payload(opened, shard, stored, check=True)
+            try:
+                return read_map_png(data)
+            except ValueError as error:
+                reason = str(error)
+        raise self._bad_sample(opened, shard, stored, reason)
 
     def _bad_sample(self, opened: OpenShard, shard: int, row: int, reason: str) -> BadSample:
         what = "label map" if opened.index.kind == "labels" else "image"

@@ -42,7 +42,8 @@ class VerifyConfig:
     images: str = ""
     """For label sets: the folder or URL of their images. Image sets found under `path` are tried on their own."""
     teacher: str = ""
-    """For label sets: the run folder of the teacher that must have written them; its weights are hashed."""
+    """For label sets: the run folder of the teacher that must have written them; its weights are hashed. For objects:
+    the file of the detector's weights or results."""
     decode: bool = True
     """Decode every image; without, only headers and checksums are checked."""
     repair: bool = False
@@ -162,7 +163,7 @@ def _teacher_faults(manifest: Manifest, run: str) -> list[str]:
     """The labels against the weights of a teacher's run, which are known here by the file they lie in alone."""
     if not run:
         return []
-    weights = Path(run) / "best" / "model.safetensors"
+    weights = Path(run) if Path(run).is_file() else Path(run) / "best" / "model.safetensors"
     if not weights.is_file():
         raise InputError(f"teacher: no weights in {weights.parent}: give the run folder that teacher/main.py wrote")
     described = manifest.extra.get("teacher")

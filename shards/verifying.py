@@ -11,10 +11,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from shards.decode import decode_map_png, decode_rgb, image_size
+from shards.decode import decode_rgb, image_size
 from shards.folder import Folder
 from shards.index import IndexFault, ShardIndex, write_index
-from shards.manifest import Manifest
+from shards.manifest import Manifest, holds_objects
+from shards.map_png import decode_map_png
+from shards.objects import check_objects
 from shards.opening import read_shard_index
 from shards.tar import TarError, scan
 from shards.writer import LABEL, index_of_tar, index_path
@@ -56,7 +58,7 @@ def check_shard(folder: Folder, manifest: Manifest, shard: int, *, decode: bool)
         return report
     with file:
         _check_bytes(file, manifest, shard, report)
-        check = _image_checker(file, decode) if manifest.kind == "images" else _map_checker(file, manifest)
+        check = _image_checker(file, decode) if manifest.kind == "images" else _label_checker(file, manifest)
         for row in range(len(index)):
             try:
                 check(index, row)
@@ -193,14 +195,22 @@ def _check_fixations(fixations: Any) -> None:
         raise ValueError("its fixations hold values that are no numbers")
 
 
-def _map_checker(file: BinaryIO, manifest: Manifest) -> Callable[[ShardIndex, int], None]:
+def _label_checker(file: BinaryIO, manifest: Manifest) -> Callable[[ShardIndex, int], None]:
+    check = check_objects if holds_objects(manifest) else _map_checker(manifest)
+
+    def check_row(index: ShardIndex, row: int) -> None:
+        if index.size[row] >= 0:  # an image the teacher could not read: its row stays, the reader leaves it out
+            check(_payload(file, index, row))
+
+    return check_row
+
+
+def _map_checker(manifest: Manifest) -> Callable[[bytes], None]:
     settings = manifest.extra.get("settings")
     wanted = tuple(settings["size"]) if isinstance(settings, dict) and "size" in settings else None
 
-    def check(index: ShardIndex, row: int) -> None:
-        if index.size[row] < 0:
-            return  # an image the teacher could not read: its row stays, the reader leaves it out
-        shape = decode_map_png(_payload(file, index, row)).shape
+    def check(data: bytes) -> None:
+        shape = decode_map_png(data).shape
         if wanted is not None and shape != wanted:
             raise ValueError(f"map of {shape[0]}x{shape[1]}, the manifest says {wanted[0]}x{wanted[1]}")
 

@@ -35,14 +35,21 @@ class Item:
 class SourceConfig:
     """Where the images come from."""
 
-    kind: Literal["image_folder", "tar", "cifar", "salicon", "osie"] = "image_folder"
+    kind: Literal["image_folder", "tar", "cifar", "salicon", "osie", "flickr8k", "coco", "cub", "stanford_dogs"] = (
+        "image_folder"
+    )
     """Layout of the source: image_folder (one folder per class, or images alone), tar (one archive or a folder of
-    them), cifar (the python or binary release), salicon (2017 .mat or 2015 JSON), osie."""
+    them), cifar (the python or binary release), salicon (2017 .mat or 2015 JSON), osie, flickr8k, coco (2014 or 2017),
+    cub (CUB-200 of 2010 or 2011), stanford_dogs."""
     path: str = ""
     """Folder or archive with the images."""
     split: Literal["all", "train", "val", "test"] = "all"
     """Part of the source to take, for the layouts that have parts: cifar (train, test), salicon (train, val, test),
-    osie (train, val: sorted by file name, the last 200 are val)."""
+    osie (train, val: sorted by file name, the last 200 are val), flickr8k and coco (train, val, test), cub and
+    stanford_dogs (train, test). The last four are split by a fixed rule where their lists are not there: it orders the
+    files by the SHA-256 of their names; docs/shards.md has it."""
+    split_file: str = ""
+    """flickr8k and coco only: Karpathy's dataset_flickr8k.json or dataset_coco.json, to split as it says."""
     edition: Literal["auto", "2015", "2017", "simulated"] = "auto"
     """SALICON only: edition of the gaze files; auto reads it off their format. simulated: the generated sample, which
     has the 2017 layout but no human gaze, and is recorded as such."""
@@ -145,7 +152,9 @@ def make_source(config: SourceConfig) -> Source:
     Raises:
         InputError: nothing there, an unknown layout, or options that this source does not have.
     """
+    from shards.sources.captioned import coco, flickr8k
     from shards.sources.cifar import Cifar
+    from shards.sources.fine_grained import cub, stanford_dogs
     from shards.sources.image_folder import ImageFolder
     from shards.sources.osie import Osie
     from shards.sources.salicon import Salicon
@@ -160,6 +169,10 @@ def make_source(config: SourceConfig) -> Source:
             config.path, split=config.split, edition=config.edition, compare_maps=config.compare_maps
         ),
         "osie": lambda: Osie(config.path, split=config.split, tracking=config.tracking),
+        "flickr8k": lambda: flickr8k(config.path, split=config.split, split_file=config.split_file),
+        "coco": lambda: coco(config.path, split=config.split, split_file=config.split_file),
+        "cub": lambda: cub(config.path, split=config.split),
+        "stanford_dogs": lambda: stanford_dogs(config.path, split=config.split),
     }
     return makers[config.kind]()
 
@@ -168,7 +181,8 @@ def _refuse_foreign_options(config: SourceConfig) -> None:
     """An option that the source would ignore is a mistake: say so instead of packing something else."""
     defaults = SourceConfig()
     owners = {
-        "split": ("cifar", "salicon", "osie"),
+        "split": ("cifar", "salicon", "osie", "flickr8k", "coco", "cub", "stanford_dogs"),
+        "split_file": ("flickr8k", "coco"),
         "edition": ("salicon",),
         "tracking": ("osie",),
         "compare_maps": ("salicon",),

@@ -21,7 +21,7 @@ from pretrain.config import Config
 from pretrain.contrast import nt_xent
 from pretrain.cotrain import MAP_SIZE, CoTrainBatch, CoTraining, GazeShards, open_gaze, with_gaze
 from pretrain.model import Student, input_statistics
-from pretrain.objective import Objective
+from pretrain.objective import MAIN_GRADIENT, Objective, attention_objective
 from pretrain.trainer import _batches, make_plan, open_data, train
 from tests.conftest import TinySample
 from tests.pretrain.test_resume import same_end
@@ -98,7 +98,7 @@ def test_an_image_that_nobody_looked_at_is_left_out(
     config = read_config(model__backbone="test_vit", model__head_norm="none", attention__min_mass=0.0)
     step, module, batch = prepared(config)
     assert batch.gaze.maps is not None
-    batch.gaze.maps[:3] = 1.0
+    batch.gaze.maps[:3] = 1
     scalars = step(batch, step=0, backward=Backward(Accelerator(), module))
     assert scalars["attention_views"].item() == pytest.approx(0.5)
     monkeypatch.setattr(GazeShards, "read_info", lambda *_: {"height": 64, "width": 64, "fixations": []})
@@ -125,9 +125,8 @@ def test_the_gradient_is_that_of_the_sum(read_config: Callable[..., Config], mic
     first, second = student(step.objective.prepare(batch.images)).embeddings.chunk(2)
     contrast = nt_xent(first, second, temperature=config.temperature)
     gaze = batch.gaze
-    assert gaze.maps is not None
     logits = student(step.objective.prepare(gaze)).attention[0]
-    target = warp(gaze.maps, gaze.boxes[0], gaze.flips[0], (logits.shape[1], logits.shape[2]))
+    target = warp(gaze.densities(), gaze.boxes[0], gaze.flips[0], (logits.shape[1], logits.shape[2]))
     attention = attention_loss(logits, target, kld_weight=1.0, nss_weight=0.1)
     assert scalars["attention_views"].item() == 1.0
     (contrast + 3.0 * attention).backward()
@@ -135,6 +134,36 @@ def test_the_gradient_is_that_of_the_sum(read_config: Callable[..., Config], mic
     for name, weight in student.named_parameters():
         assert weight.grad is not None
         torch.testing.assert_close(ours[name], weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_the_gradient_ratio_is_that_of_the_two_passes_on_the_trunk(
+    read_config: Callable[..., Config], micro_batch: int
+) -> None:
+    """|lambda dL_attn| of the gaze images over |dL_nt_xent| of the images, each from a backward of its own."""
+    overrides = {"model__backbone": "test_vit", "model__head_norm": "none", "optim__micro_batch": micro_batch}
+    config = read_config(attention__weight=3.0, attention__min_mass=0.0, diagnostics_every=2, **overrides)
+    step, student, batch = prepared(config)
+    assert "gradient_ratio" not in step(batch, step=0, backward=Backward(Accelerator(), student))
+    student.zero_grad()
+    scalars = step(batch, step=1, backward=Backward(Accelerator(), student))
+    assert MAIN_GRADIENT not in scalars
+    after = {name: weight.grad.clone() for name, weight in student.named_parameters() if weight.grad is not None}
+    trunk = list(student.backbone.parameters())
+    first, second = student(step.objective.prepare(batch.images)).embeddings.chunk(2)
+    contrast = nt_xent(first, second, temperature=config.temperature)
+    logits = student(step.objective.prepare(batch.gaze)).attention
+    attention = attention_objective(logits, batch.gaze, config.attention)[0]
+    found = [torch.autograd.grad(loss, trunk, allow_unused=True) for loss in (3.0 * attention, contrast)]
+    norms = [torch.nn.utils.get_total_norm([g for g in each if g is not None]) for each in found]
+    # in parts, the first 4 of the 12 images stand for all
+    assert scalars["gradient_ratio"].item() == pytest.approx(
+        (norms[0] / norms[1]).item(), rel=0.5 if micro_batch else 1e-3
+    )
+    student.zero_grad()
+    step(batch, step=0, backward=Backward(Accelerator(), student))
+    for name, weight in student.named_parameters():
+        assert weight.grad is None or torch.equal(after[name], weight.grad), "looking changes no bit"
 
 
 def test_running_statistics_are_those_of_the_images(read_config: Callable[..., Config]) -> None:

@@ -22,10 +22,11 @@ from PIL import Image
 from safetensors.numpy import save as save_arrays
 
 from engine.errors import InputError
-from shards.decode import decode_map_png, decode_rgb, image_size
+from shards.decode import decode_rgb, image_size
 from shards.index import METADATA_KEY, IndexFault, parse_index
 from shards.labels import encode_label
 from shards.manifest import FILE_NAME, read_manifest
+from shards.map_png import decode_map_png
 from shards.tar import BLOCK, END, TarError, header_of, padded, scan
 
 HASH = "0" * 64
@@ -145,8 +146,9 @@ def whole_image(kind: str) -> bytes:
 
 @cache
 def whole_map() -> bytes:
-    """A label map as it is stored."""
-    return encode_label(np.arange(56.0 * 56.0).reshape(56, 56))
+    """A label map as it is stored, about as large as a teacher's."""
+    rows, columns = np.mgrid[0:56, 0:56] / 28.0 - 1.0
+    return encode_label(np.exp(-(rows**2) - columns**2) * (1.1 + np.sin(7 * rows * columns)))
 
 
 def mend_png(content: bytearray) -> None:
@@ -200,10 +202,17 @@ def damaged_image(chance: Chance) -> bytes:
 
 
 def damaged_map(chance: Chance) -> bytes:
-    """A label map's PNG, flipped or cut; in half of the cases its checksums are valid again."""
+    """A label map's PNG, flipped or cut, beneath its compression too; in half of the cases its checksums are valid."""
     content = bytearray(whole_map())
-    flip(content, chance, most=4)
-    if chance.integer(0, 1):
+    beneath = chance.integer(0, 3) == 0
+    if beneath:
+        rows = bytearray(zlib.decompress(content[41:-16]))
+        flip(rows, chance, most=3)
+        stream = zlib.compress(rows)
+        content[33:-12] = len(stream).to_bytes(4, "big") + b"IDAT" + stream + bytes(4)
+    else:
+        flip(content, chance, most=4)
+    if beneath or chance.integer(0, 1):
         mend_png(content)
     cut(content, chance)
     return bytes(content)

@@ -9,7 +9,15 @@ import pytest
 from PIL import Image, ImageOps
 
 from shards import decode
-from shards.decode import MAX_SCRATCH_BYTES, Scratch, decode_rgb, file_extension, image_size, jpeg_header
+from shards.decode import (
+    MAX_SCRATCH_BYTES,
+    Scratch,
+    decode_rgb,
+    file_extension,
+    image_header,
+    image_size,
+    jpeg_header,
+)
 
 PICTURE = Image.fromarray(
     np.dstack(
@@ -86,7 +94,7 @@ def test_grey_jpegs_become_rgb() -> None:
 
 def test_cmyk_jpegs_come_out_as_pillow_converts_them() -> None:
     data = encoded(PICTURE.convert("CMYK"), "JPEG", quality=95)
-    assert not jpeg_header(data).fast
+    assert not image_header(data).fast
     np.testing.assert_array_equal(decode_rgb(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 

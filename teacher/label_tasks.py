@@ -1,0 +1,202 @@
+"""What programs that write label sets share: an array task's part of the shards, whole shards or none, the seal."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from engine.array_task import array_task
+from engine.errors import InputError
+from engine.files import atomic_write
+from engine.progress import ProgressBar, report
+from shards.controls import CONTROLS, write_control
+from shards.labels import MAP, labels_complete, seal_labels, write_label_shard
+from shards.reader import ShardSet
+
+SETTINGS = ".settings.json"
+NUM_NAMED = 20
+PENDING_SHARDS = 4
+
+PredictionT = TypeVar("PredictionT")
+
+
+class LabelOptions(Protocol):
+    """Options that all programs which write label sets share."""
+
+    shards: Path
+    first_shard: int
+    num_shards: int | None
+    output: Path
+    task: int | None
+    num_tasks: int | None
+    controls: str
+    control_seed: int
+
+
+class LoadedImages(Protocol):
+    """Images of one shard as a loader brings them; see `ImageBatch`."""
+
+    images: Any
+    keys: list[str | None]
+    shard: int
+    last: bool
+    failed: list[str]
+
+
+def write_set(
+    config: LabelOptions,
+    images: ShardSet,
+    directory: Path,
+    *,
+    task: Sequence[int],
+    write: Callable[[Sequence[int]], list[str]],
+    teacher: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    """Write what is missing of this task's shards; when all shards of the set are there, seal it and write controls.
+
+    Args:
+        write: labels the given shards, and returns a line for every image that is left without a label.
+        teacher, settings: what the manifest says about the labels.
+
+    Raises:
+        InputError: what `write` refuses, and unusable files in the way.
+    """
+    todo = [shard for shard in task if not labels_complete(directory, images, shard)]
+    if todo:
+        failed = write(todo)
+        for line in failed[:NUM_NAMED]:
+            report(f"no label: {line}")
+        report(f"{directory}: {len(todo)} shards labelled, {len(failed)} images without a label")
+    else:
+        report(f"{directory}: all {len(task)} shards of this task were there already")
+    count = images.manifest.num_shards
+    missing = sum(not labels_complete(directory, images, shard) for shard in range(count))
+    if missing:
+        report(f"{directory}: {missing} of {count} shards are still to come from other tasks")
+        return
+    seal_labels(directory, images, teacher=teacher, settings=settings)
+    report(f"{directory}: sealed, {images.num_samples} images in {count} shards")
+    for kind in parse_controls(config.controls):
+        path, _ = write_control(kind, images, directory, config.output, seed=config.control_seed)
+        report(f"{path}: control {kind} written")
+
+
+def parse_controls(text: str) -> list[str]:
+    """Names from a comma-separated list.
+
+    Raises:
+        InputError: a control that does not exist.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in CONTROLS:
+            raise InputError(f"controls: unknown control '{name}': known are {', '.join(CONTROLS)}")
+    return names
+
+
+def shards_of_task(config: LabelOptions, images: ShardSet) -> range:
+    """This process's shards: its rank's part of its task's part of the range.
+
+    Raises:
+        InputError: the range or the task lies outside the set or the tasks.
+    """
+    total, first = images.manifest.num_shards, config.first_shard
+    stop = total if config.num_shards is None else first + config.num_shards
+    if first >= total or stop > total:
+        raise InputError(
+            f"first_shard {first}, num_shards {config.num_shards}: {config.shards} has shards 0 to {total - 1}"
+        )
+    task, num_tasks = array_task(config.task, config.num_tasks)
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    part, num_parts = task * world_size + rank, num_tasks * world_size
+    bounds = [first + i * (stop - first) // num_parts for i in (part, part + 1)]
+    return range(*bounds)
+
+
+def claim_directory(directory: Path, settings: dict[str, Any]) -> None:
+    """Create the label folder for these settings, `images` (digest) among them, or check that it has the same.
+
+    Raises:
+        InputError: it holds this teacher's labels of other images or with other settings.
+    """
+    path = directory / SETTINGS
+    directory.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        # two tasks may both come here; they write the same bytes, or the check below tells the second
+        atomic_write(path, (json.dumps(settings) + "\n").encode())
+    found = json.loads(path.read_text())
+    if found != settings:
+        what = next((key for key in settings if found.get(key) != settings[key]), "settings")
+        raise InputError(
+            f"{directory} holds this teacher's labels of other {what} ({str(found.get(what))[:12]}, now "
+            f"{str(settings.get(what))[:12]}): give another --output"
+        )
+
+
+class ShardBatches:
+    """Batch sampler over shards. The batches of a shard depend on nothing but the shard and the batch size, because a
+    forward's last bits may depend on what else is in its batch. Shards that others have written by now are left out."""
+
+    def __init__(self, shards: Sequence[int], images: ShardSet, directory: Path, *, batch_size: int) -> None:
+        self.shards, self.images, self.directory, self.batch_size = shards, images, directory, batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for shard in self.shards:
+            if labels_complete(self.directory, self.images, shard):
+                continue
+            size = int(self.images.shard_sizes[shard])
+            for start in range(0, size, self.batch_size):
+                yield [(shard, row) for row in range(start, min(start + self.batch_size, size))]
+
+
+class LabelWriter(Generic[PredictionT]):
+    """Takes images as a loader brings them, predicts, and has another thread encode and write whole shards.
+
+    Args:
+        encode: keys of a batch (None where unreadable) and its prediction to key and stored bytes.
+        member: extension of what is written.
+    """
+
+    def __init__(
+        self,
+        images: ShardSet,
+        directory: Path,
+        *,
+        encode: Callable[[list[str | None], PredictionT], Iterator[tuple[str, bytes]]],
+        member: str = MAP,
+    ) -> None:
+        self.images, self.directory, self.encode, self.member = images, directory, encode, member
+
+    def write(
+        self, shards: Sequence[int], loader: Iterable[LoadedImages], predict: Callable[[Any], PredictionT]
+    ) -> list[str]:
+        """Label these shards. Returns key and reason of every image left without a label."""
+        total = int(sum(self.images.shard_sizes[shard] for shard in shards))
+        failed: list[str] = []
+        pending: list[Future[Any]] = []
+        done: list[tuple[list[str | None], PredictionT]] = []
+        with ThreadPoolExecutor(1) as writer, ProgressBar(total, "labelling") as bar:
+            for batch in loader:
+                done.append((batch.keys, predict(batch.images)))
+                failed += batch.failed
+                if batch.last:
+                    pending.append(writer.submit(self._write, batch.shard, done))
+                    done = []
+                if len(pending) > PENDING_SHARDS:
+                    pending.pop(0).result()
+                bar.update(len(batch.keys), failed=len(failed))
+            for future in pending:
+                future.result()
+        for shard in shards:
+            if self.images.shard_sizes[shard] == 0:
+                write_label_shard(self.directory, self.images, shard, [], member=self.member)
+        return failed
+
+    def _write(self, shard: int, done: list[tuple[list[str | None], PredictionT]]) -> None:
+        if labels_complete(self.directory, self.images, shard):
+            return  # another task was faster
+        encoded = (label for keys, prediction in done for label in self.encode(keys, prediction))
+        write_label_shard(self.directory, self.images, shard, encoded, member=self.member)
