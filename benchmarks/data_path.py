@@ -12,8 +12,7 @@ JPEG, as it is called by default. "limit" is what our worker cannot leave out: s
 memory that it keeps, colours repeated, not interpolated, four bytes a pixel), two bare OpenCV resizes with the worker's
 crops and kernels, the fourth byte dropped, and the decompression of the map; files are in memory, nothing is drawn,
 checked, flipped or counted. "without_map" leaves the maps out of both. Maps are an image's own low-pass contrast, about
-as large as a teacher's: one map for all would teach the processor its branches. `inflate` in the environment tells
-whether maps were decompressed by ISA-L (the package `isal`) or by zlib. Bytes read from a cold page cache:
+as large as a teacher's: one map for all would teach the processor its branches. Bytes read from a cold page cache:
 benchmarks/cold_reads.py.
 """
 

@@ -78,7 +78,7 @@ def read_map_png(data: bytes) -> Codes:
         height, stride, stream = shape[0], shape[1] + 1, isal_zlib.decompressobj()
         try:
             rows = stream.decompress(data[_ROWS_FROM:-_AFTER_ROWS], height * stride + 1)
-        except igzip_lib.IsalError:
+        except igzip_lib.IsalError:  # type: ignore[misc]  # its stub does not say that it is an exception
             rows = b""
         # at its end the stream's own checksum has been compared; that of the chunk around it is not looked at
         if stream.eof and len(rows) == height * stride and rows[::stride] == _UP * height:
