@@ -1,0 +1,1 @@
+"""Captioning with attention that object masks supervise (Kim et al., ICA loss)."""

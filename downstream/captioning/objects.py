@@ -1,0 +1,214 @@
+"""Object masks of captioned images: from a detector's label set, or from a COCO JSON file."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+
+from downstream.captioning.config import CaptionConfig
+from downstream.captioning.layouts import CaptionedImage
+from downstream.captioning.matching import grid_coverage
+from engine.errors import InputError
+from engine.files import sha256_of
+from shards.coco import from_coco_results
+from shards.decode import image_size
+from shards.keys import make_key
+from shards.objects import ObjectMask, read_objects
+from shards.opening import BadSample
+from shards.reader import ShardSet
+
+SHAPE_TOLERANCE = 0.02  # of the sides' ratio: images are resized to whole pixels
+
+
+class ObjectSource(Protocol):
+    """Object masks by image.
+
+    Attributes:
+        categories: names of classes that occur.
+        digest: what identifies the content.
+    """
+
+    categories: set[str]
+    digest: str
+
+    @property
+    def num_images(self) -> int:
+        """Images that there are masks or an empty result for."""
+
+    def knows(self, name: str) -> bool:
+        """Whether an image is one of them, by its path below the folder of images."""
+
+    def find(self, name: str, *, size: tuple[int, int]) -> list[ObjectMask]:
+        """Objects of an image of `size`, none where nothing was found or the image is not known.
+
+        Raises:
+            ValueError: one of them cannot be decoded, or they are those of an image of another size.
+        """
+
+
+@dataclass
+class ObjectGrids:
+    """Masks on the attention grid.
+
+    Attributes:
+        coverage: image name to class to the share of each cell `(height, width)` that its instances cover together.
+        num_known: images that the source knows.
+        num_unusable: those of them whose masks do not decode or are of another size; `first_fault` says what the first
+            of them has.
+    """
+
+    coverage: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    num_known: int = 0
+    num_unusable: int = 0
+    first_fault: str = ""
+
+
+def open_objects(caption: CaptionConfig) -> ObjectSource:
+    """The masks in the label set or COCO JSON file that `caption.objects` names.
+
+    Raises:
+        InputError: nothing there, another layout, or a label set without its images.
+    """
+    path = caption.objects
+    assert path is not None
+    if path.is_file():
+        return CocoFile(path, names=caption.object_names, min_score=caption.min_score)
+    if caption.object_images is None:
+        raise InputError(
+            f"caption.objects {path}: give a COCO JSON file, or a label set together with caption.object_images, the "
+            "image shards that it was made for"
+        )
+    return LabelledObjects(path, caption.object_images)
+
+
+def find_grids(
+    source: ObjectSource,
+    images: Sequence[CaptionedImage],
+    wanted: Mapping[str, set[str]],
+    *,
+    grid: tuple[int, int],
+    min_score: float,
+) -> ObjectGrids:
+    """Masks of the classes that an image's captions name, its instances merged, on the grid.
+
+    An image with a mask that does not decode or is of another size has none, and is counted.
+
+    Args:
+        wanted: image name to the classes that its captions name.
+
+    Raises:
+        InputError: the source holds none of the images.
+    """
+    known = [image for image in images if source.knows(image.name)]
+    if not known:
+        raise InputError(
+            f"caption.objects holds {source.num_images} images, and none of those with captions (such as "
+            f"{images[0].name}): give the file that belongs to these images"
+        )
+    found = ObjectGrids(num_known=len(known))
+    for image in known:
+        try:
+            objects = source.find(image.name, size=image_size(image.path.read_bytes()))
+        except ValueError as error:
+            found.num_unusable += 1
+            found.first_fault = found.first_fault or f"{image.name}: {error}"
+            continue
+        merged = _merged(objects, wanted[image.name], min_score=min_score)
+        found.coverage[image.name] = {name: grid_coverage(mask, grid) for name, mask in merged.items()}
+    return found
+
+
+def key_of(name: str) -> str:
+    """Name under which an image's objects are looked up: its path without extension."""
+    return make_key(PurePosixPath(name).as_posix())
+
+
+def _merged(objects: Iterable[ObjectMask], wanted: set[str], *, min_score: float) -> dict[str, np.ndarray]:
+    """Class to the union of its instances' masks."""
+    merged: dict[str, np.ndarray] = {}
+    for one in objects:
+        if one.score >= min_score and one.category in wanted and one.mask.any():
+            before = merged.get(one.category)
+            merged[one.category] = one.mask if before is None else before | one.mask
+    return merged
+
+
+class LabelledObjects:
+    """Objects in a label set, joined with the image shards that it was made for."""
+
+    def __init__(self, path: Path, images: Path) -> None:
+        self.shards = ShardSet(images, labels=path, objects=True)
+        assert self.shards.label_manifest is not None
+        self.digest = hashlib.sha256(self.shards.label_manifest.hashes["sha256"].tobytes()).hexdigest()
+        self.places: dict[str, tuple[int, int]] = {}
+        self.categories: set[str] = set()
+        for shard, count in enumerate(self.shards.shard_sizes.tolist()):
+            for row in range(count):
+                self.places[self.shards.key(shard, row)] = (shard, row)
+                self.categories |= self._categories(shard, row)
+
+    @property
+    def num_images(self) -> int:
+        """Size of the image set."""
+        return len(self.places)
+
+    def knows(self, name: str) -> bool:
+        """Whether the image set holds the image, by its key or by the key of its file name alone."""
+        return self._place(name) is not None
+
+    def find(self, name: str, *, size: tuple[int, int]) -> list[ObjectMask]:
+        """Objects of an image; the shards may hold it at another size, but not in other proportions."""
+        place = self._place(name)
+        if place is None:
+            return []
+        try:
+            objects = read_objects(self.shards, *place)
+        except BadSample as error:
+            raise ValueError(str(error)) from error
+        for one in objects:
+            height, width = one.mask.shape
+            if abs(height * size[1] - width * size[0]) > SHAPE_TOLERANCE * max(height * size[1], width * size[0]):
+                raise ValueError(f"its objects are those of an image of {width}x{height}, it is {size[1]}x{size[0]}")
+        return objects
+
+    def _categories(self, shard: int, row: int) -> set[str]:
+        """Class names of one sample, its masks not decoded; none where `find` will complain."""
+        try:
+            found = json.loads(self.shards.read_label(shard, row) or b"{}")
+            return {str(one["category"]) for one in found.get("objects", ())}
+        except (BadSample, ValueError, TypeError, KeyError, AttributeError):
+            return set()
+
+    def _place(self, name: str) -> tuple[int, int] | None:
+        return self.places.get(key_of(name), self.places.get(key_of(PurePosixPath(name).name)))
+
+
+class CocoFile:
+    """Objects in a COCO JSON file."""
+
+    def __init__(self, path: Path, *, names: Path | None, min_score: float) -> None:
+        self.objects = from_coco_results(path, names, threshold=min_score)
+        self.digest = sha256_of(path)
+        self.categories = self.objects.categories
+        self.files = {make_key(name): name for name in self.objects.sizes}
+
+    @property
+    def num_images(self) -> int:
+        """Images that the file lists."""
+        return len(self.objects.sizes)
+
+    def knows(self, name: str) -> bool:
+        """Whether the file lists the image, by its path or by its file name alone."""
+        return self._file(name) is not None
+
+    def find(self, name: str, *, size: tuple[int, int]) -> list[ObjectMask]:
+        """Objects of an image."""
+        file = self._file(name)
+        return [] if file is None else self.objects.masks(file, size=size)
+
+    def _file(self, name: str) -> str | None:
+        return self.files.get(key_of(name), self.files.get(key_of(PurePosixPath(name).name)))
