@@ -1,12 +1,13 @@
 """What evaluating costs beside the encoder: `python benchmarks/evaluators_speed.py`.
 
 - `corruptions_two_workers_vs_one`: the evaluator `imagenet_c` with all 15 corruptions made on the fly by two reading
-  processes against one. The encoder is a mean over a 4 x 4 grid, so that the corruptions are all the work.
-- `jpeg_rate_vs_forward`: features of a released set's JPEGs (read, decode, crop, forward) against the same encoder's
-  forward over the same pixels in memory.
+  processes against one. The encoder takes 4 x 4 pixels, so that the corruptions are all the work.
+- `jpeg_rate_vs_forward`: features of a released set's JPEGs (ImageNet-C's layout, condition after condition: list,
+  read, decode, crop, forward) against the same encoder's forward over the same pixels in memory.
 """
 
 import argparse
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,15 @@ import numpy as np
 import torch
 from common import environment, ratio_of_pairs, report, time_pairs
 from torch import Tensor, nn
-from torch.nn import functional
 
 from engine.progress import silent
 from engine.ranks import Ranks
 from pretrain.evaluators.base import Subject
 from pretrain.evaluators.corruptions import corrupt
-from pretrain.evaluators.features import Job, collect, pooled
+from pretrain.evaluators.features import pooled, pooled_each
 from pretrain.evaluators.imagenet_c import imagenet_c
 from pretrain.evaluators.prepare import ReleasedCrop
+from pretrain.evaluators.reading import read_images, to_inputs
 from pretrain.evaluators.sources import FolderImages
 from pretrain.evaluators.subjects import open_subject
 from pretrain.probe_config import CorruptionConfig, LinearConfig, LoadConfig, ProbeConfig
@@ -39,12 +40,13 @@ class Thumbnail(nn.Module):
     """Stands for an encoder that costs nothing."""
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Means of `(batch, 3, height, width)` over a 4 x 4 grid."""
-        return functional.adaptive_avg_pool2d(images, 4)
+        """Every few pixels of `(batch, 3, height, width)`: a 4 x 4 grid."""
+        height, width = images.shape[2:]
+        return images[:, :, :: height // 4, :: width // 4]
 
     def forward_head(self, features: Tensor, *, pre_logits: bool) -> Tensor:
         """As one row an image: `(batch, 48)`."""
-        return features.flatten(1)
+        return features.reshape(len(features), -1)
 
 
 def main() -> None:
@@ -60,19 +62,21 @@ def main() -> None:
             "corruptions_two_workers_vs_one": ratio_of_pairs(two, one),
             "jpeg_rate_vs_forward": ratio_of_pairs(read, forward),
             "corrupted_images_per_s_two_workers": 15 * options.corrupted / min(two),
-            "jpeg_images_per_s": options.images / min(read),
-            "forward_images_per_s": options.images / min(forward),
+            "jpeg_images_per_s": options.conditions * options.images / min(read),
+            "forward_images_per_s": options.conditions * options.images / min(forward),
         },
         environment=environment(
             device=device, image_size=options.image_size, backbone=options.backbone, images=options.images,
-            corrupted=options.corrupted, num_workers=options.num_workers, pairs=options.pairs, threads=options.threads,
+            conditions=options.conditions, corrupted=options.corrupted, num_workers=options.num_workers,
+            pairs=options.pairs, threads=options.threads,
         ),
         title="What evaluating costs beside the encoder",
         notes=(
             "Medians over pairs, by turns in one run. `corruptions_two_workers_vs_one`: seconds of `imagenet_c` (15 "
-            "corruptions on the fly, severity 3, nothing cached, the encoder a mean over a 4 x 4 grid) with one "
+            "corruptions on the fly, severity 3, nothing cached, the encoder taking 4 x 4 pixels) with one "
             "reading process over seconds with two. `jpeg_rate_vs_forward`: seconds of the encoder's forward over "
-            "pixels in memory over seconds of features from a folder of JPEGs; 1 would mean that reading is free."
+            "pixels in memory over seconds of features from folders of JPEGs, one after another as imagenet_c reads a "
+            "released set, the start of the reading processes included; 1 would mean that reading is free."
         ),
     )  # fmt: skip
 
@@ -103,11 +107,12 @@ def _time_corruptions(folder: Path, options: argparse.Namespace) -> tuple[list[f
 
 
 def _time_jpegs(folder: Path, options: argparse.Namespace) -> tuple[list[float], list[float], str]:
-    """Seconds of features from JPEGs and of the forward alone, and the device."""
-    images = FolderImages(
-        _sample(folder / "many", num_val=options.images, size=options.image_size + 32) / "val",
-        classes=tuple(sorted(path.name for path in (folder / "many" / "images" / "val").iterdir())),
-    )
+    """Seconds of features from JPEGs, condition after condition, and of the forward alone, and the device."""
+    sample = _sample(folder / "many", num_val=options.images, size=options.image_size + 32) / "val"
+    classes = tuple(sorted(path.name for path in sample.iterdir()))
+    conditions = [folder / "released" / "fog" / str(severity) for severity in range(1, options.conditions + 1)]
+    for condition in conditions:
+        shutil.copytree(sample, condition)
     probe = ProbeConfig(
         run=None,
         encoder=f"timm:{options.backbone}",
@@ -117,17 +122,21 @@ def _time_jpegs(folder: Path, options: argparse.Namespace) -> tuple[list[float],
     )
     subject = _subject(probe)
     prepare, compute = ReleasedCrop(options.image_size), pooled(subject)
-    pixels = torch.stack([torch.from_numpy(prepare(images.read(i)[0], i)) for i in range(len(images))])
-    mean, std = (torch.tensor(s, device=subject.device).reshape(1, 3, 1, 1) for s in subject.statistics)
+    first = FolderImages(conditions[0], classes=classes)
+    pixels, _ = read_images(first, prepare, list(range(len(first))), size=options.image_size)
+    if subject.device.type == "cuda":
+        pixels = pixels.pin_memory()
 
     def read() -> None:
-        collect(subject, probe, Job(images, prepare, compute, "pooled", "features"))
+        sets = ((FolderImages(condition, classes=classes), prepare) for condition in conditions)
+        for _ in pooled_each(subject, probe, sets):
+            pass
 
     def forward() -> None:
         with torch.no_grad():
-            for start in range(0, len(pixels), probe.batch_size):
-                batch = pixels[start : start + probe.batch_size].to(subject.device)
-                compute((batch.permute(0, 3, 1, 2).float() / 255 - mean) / std)["features"].cpu()
+            for _ in conditions:
+                found = [compute(to_inputs(part, subject))["features"] for part in pixels.split(probe.batch_size)]
+                torch.cat(found).cpu()
 
     return *time_pairs(read, forward, num_pairs=options.pairs), str(subject.device)
 
@@ -151,8 +160,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", default="resnet18", help="encoder that reads JPEGs (default: %(default)s)")
     parser.add_argument("--image_size", type=int, default=224, help="pixels (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=192, help="JPEGs (default: %(default)s)")
-    parser.add_argument("--corrupted", type=int, default=192, help="images of each corruption (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=192, help="JPEGs of a condition (default: %(default)s)")
+    parser.add_argument("--conditions", type=int, default=4, help="folders of JPEGs (default: %(default)s)")
+    parser.add_argument("--corrupted", type=int, default=96, help="images of each corruption (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, help="images a forward (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=1, help="processes that read JPEGs (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the encoder on a CPU (default: %(default)s)")

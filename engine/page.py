@@ -18,11 +18,12 @@ STYLE = """
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; overflow-wrap: anywhere; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-nav a { margin-right: 1rem; } a { color: var(--accent); }
+nav a { display: inline-block; margin-right: 1rem; } a { color: var(--accent); }
 .wide { overflow-x: auto; margin: 1rem 0; } .wide table { min-width: min-content; }
 table { border-collapse: collapse; }
 th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-td { white-space: nowrap; } td.long { white-space: normal; text-align: left; min-width: 12rem; }
+td { white-space: nowrap; } td.long { white-space: normal; min-width: 12rem; }
+th.text, td.text, td.long { text-align: left; }
 th:first-child, td:first-child { text-align: left; }
 caption { text-align: left; padding-bottom: .4rem; max-width: calc(min(62rem, 100vw) - 3rem); }
 figure { margin: 1rem 0; } figcaption, caption, .note { color: var(--grey); font-size: .9rem; }
@@ -104,10 +105,13 @@ class Page:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str) -> None:
         """Add a table; the first column names the row. `Grey` cells are shown in grey, a row led by one as a whole."""
-        head = "".join(f'<th scope="col"{_class(c)}>{html.escape(c)}</th>' for c in columns)
+        text = [any(len(cell) > LONG for cell in column) for column in zip(*rows, strict=True)] or [False] * len(
+            columns
+        )
+        head = "".join(f'<th scope="col"{_class(c, t)}>{_heading(c)}</th>' for c, t in zip(columns, text, strict=True))
         body = "".join(
             f'<tr{_class(row[0])}><th scope="row">{html.escape(row[0])}</th>'
-            + "".join(f"<td{_class(cell)}>{html.escape(cell)}</td>" for cell in row[1:])
+            + "".join(f"<td{_class(c, t)}>{html.escape(c)}</td>" for c, t in zip(row[1:], text[1:], strict=True))
             + "</tr>"
             for row in rows
         )
@@ -140,7 +144,7 @@ class Page:
         self._gallery(columns, "".join(blending_row(row) for row in rows), caption)
 
     def _gallery(self, columns: Sequence[str], body: str, caption: str) -> None:
-        head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in columns)
+        head = "".join(f'<th scope="col">{_heading(column)}</th>' for column in columns)
         table = f'<table class="gallery">{_caption(caption, head)}<tbody>{body}</tbody></table>'
         self.parts.append(_wide(table, label=caption))
 
@@ -189,10 +193,18 @@ def _small(note: str) -> str:
     return f"<small>{html.escape(note)}</small>" if note else ""
 
 
-def _class(text: str) -> str:
+def _class(text: str, in_text: bool = False) -> str:
+    """Class of a cell; `in_text`: its column holds long texts, which stand on the left."""
     if isinstance(text, Grey):
         return ' class="grey"'
-    return ' class="long"' if len(text) > LONG else ""
+    if len(text) > LONG:
+        return ' class="long"'
+    return ' class="text"' if in_text else ""
+
+
+def _heading(text: str) -> str:
+    """A column's heading, which may be broken behind a plus."""
+    return html.escape(text).replace("+", "+<wbr>")
 
 
 def _caption(caption: str, head: str) -> str:
@@ -233,6 +245,7 @@ def curves_svg(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *,
 
     matplotlib.use("svg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
     for name, (x, y) in curves.items():
@@ -240,6 +253,8 @@ def curves_svg(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *,
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
+    if all(float(each).is_integer() for x, _ in curves.values() for each in x):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if curves:
         axes.legend(frameon=False)
     buffer = io.BytesIO()

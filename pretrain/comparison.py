@@ -15,7 +15,7 @@ from engine.progress import report
 from engine.runs import RunFolder, check_run_name
 from engine.tracking import Tracker
 from pretrain.report_config import ReportConfig
-from pretrain.report_corruptions import by_severity, imagenet_c_by_corruption, imagenet_c_by_group
+from pretrain.report_corruptions import by_severity, imagenet_c_by_corruption, imagenet_c_by_group, moved
 from pretrain.report_curves import add_retrieval_curves, add_severity_curves, add_training_curves
 from pretrain.report_gallery import add_gallery
 from pretrain.report_origin import add_origin, origin_tables, unlike
@@ -62,11 +62,12 @@ def make_tables(groups: Sequence[Group], numbers: Numbers) -> list[TableOf]:
     """All tables that have a number, the overview first."""
     ranks = dict.fromkeys(key for g in groups for key in g.values if key.startswith("retrieval/p_at_"))
     precision = {key: f"P@{key.removeprefix('retrieval/p_at_')}" for key in ranks}
-    shares = dict.fromkeys(key for g in groups for key in g.values if key.startswith("finetune/"))
-    tuned = {key: key.removeprefix("finetune/").removesuffix("/top1") + " %" for key in shares}
-    moved = {f"robust_gaze/{name}/kld": f"{name}, nats" for name in ("noise", "blur", "weather", "digital")}
-    gaze = {"robust_gaze/kld": "KLD, nats", "robust_gaze/lost": "top-1 lost, points", **moved}
-    gaze["robust_gaze/correlation"] = "correlation of the two"
+    shares = dict.fromkeys(
+        key for g in groups for key in g.values if key.startswith("finetune/") and key.endswith("/top1")
+    )
+    tuned = {
+        key: key.removeprefix("finetune/").removesuffix("/top1").replace("scratch/", "scratch, ") for key in shares
+    }
     speed = {"train/loss": "last loss", "train/nt_xent": "NT-Xent", "train/attention": "attention loss"}
     speed |= {"time/images_per_s": "images/s", "time/data_wait": "share of time waiting for data"}
     found = [
@@ -76,10 +77,7 @@ def make_tables(groups: Sequence[Group], numbers: Numbers) -> list[TableOf]:
         imagenet_c_by_corruption(groups),
         imagenet_c_by_corruption(groups, ce=True),
         by_severity(groups),
-        plain_table(
-            groups, gaze, name="robust_gaze", title="How far attention moves under corruption", digits=3,
-            caption="KLD from the map on the corrupted image to the map on the clean one, beside the accuracy lost.",
-        ),
+        moved(groups),
         plain_table(
             groups, {"retrieval/map": "mAP", **precision}, name="retrieval", title="Retrieval", digits=3,
             caption="Images of the query's class among the nearest by cosine similarity, 0 to 1.",
@@ -90,7 +88,7 @@ def make_tables(groups: Sequence[Group], numbers: Numbers) -> list[TableOf]:
         ),
         *others(groups),
         plain_table(
-            groups, speed, name="training", title="Training", digits=3,
+            groups, speed, name="training", title="Training", digits={"time/images_per_s": 0},
             caption="At the end of training; times are medians over the run.",
         ),
     ]  # fmt: skip

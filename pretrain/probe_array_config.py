@@ -10,7 +10,7 @@ from pretrain.probe_config import ProbeConfig
 
 @dataclass
 class ProbeArrayConfig(ProbeConfig):
-    """Evaluate many runs, shared out among tasks: every evaluator of every run, imagenet_c by corruption."""
+    """Evaluate many runs, shared out among tasks: every evaluator of every run, by corruption where it has some."""
 
     runs: list[Path] = field(default_factory=list)
     """Run folders to evaluate; empty takes `run` alone."""

@@ -45,7 +45,8 @@ def replay(options: ReplayConfig) -> None:
     for name, key in _suspects(module, objective, batch, shards, positions).items():
         report(f"not finite: {name}: {key}")
     scalars = objective(batch, step=options.step - 1, backward=Backward(accelerator, module))
-    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    scale = 1.0 if accelerator.scaler is None else accelerator.scaler.get_scale()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]) / scale
     for name, value in (scalars | {"gradient norm": norm}).items():
         report(f"{name}: {float(value):.6g}" + ("" if math.isfinite(float(value)) else "  <- not finite"))
 

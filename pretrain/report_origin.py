@@ -14,17 +14,29 @@ FREE = ("encoder", "commit", "learning_rate", "map", "complete", "missing", "con
 SETS = ("train", "val", "gaze", "gallery", "queries")
 
 
+MEASURED, DIFFER, CAME_FROM = (
+    "What the numbers were measured on",
+    "What the configs differ in",
+    "Where the runs came from",
+)
+CAPTIONS = {
+    MEASURED: "Samples and first digits of the digest of each set, options, hash of the encoder, commit.",
+    DIFFER: "Options that are not the same in all runs, by their dotted names.",
+    CAME_FROM: "Data, teacher, software and machine of each training.",
+}
+
+
 def origin_tables(runs: Sequence[RunFolder]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, columns and rows: protocols, what the configs differ in, each run's data and machine."""
     names = [run.name for run in runs]
     protocols = ["run", "evaluator", "sets", "options", "encoder", "commit"]
-    tables = [("What the numbers were measured on", protocols, protocol_rows(runs))]
+    tables = [(MEASURED, protocols, protocol_rows(runs))]
     if len(runs) > 1:
-        tables.append(("What the configs differ in", ["option", *names], difference_rows(runs)))
+        tables.append((DIFFER, ["option", *names], difference_rows(runs)))
     origins = [_origin(run) for run in runs]
     facts = list(dict.fromkeys(name for origin in origins for name in origin))
     body = [[name, *(origin.get(name, "") for origin in origins)] for name in facts]
-    return [*tables, ("Where the runs came from", ["", *names], body)]
+    return [*tables, (CAME_FROM, ["", *names], body)]
 
 
 def add_origin(page: Page, runs: Sequence[RunFolder]) -> None:
@@ -33,7 +45,7 @@ def add_origin(page: Page, runs: Sequence[RunFolder]) -> None:
         page.heading(title)
         for sentence in unlike(runs) if number == 0 else ():
             page.paragraph(sentence)
-        page.table(columns, rows, caption=title if rows else "Nothing.")
+        page.table(columns, rows, caption=CAPTIONS[title] if rows else "Nothing.")
     for run in runs:
         summary = run.read_summary()
         whole = {key: summary.get(key) for key in ("data", "protocols", "environment")}

@@ -12,6 +12,9 @@ from engine.errors import InputError
 from engine.runs import RunFolder, flatten
 from pretrain.evaluators.corruptions import COMMON, SEVERITIES
 
+# Images of ImageNet's two sets; a handful may be unreadable. The papers' input size.
+IMAGENET, IMAGENET_MISSING = {"train": 1_281_167, "val": 50_000}, 0.001
+IMAGENET_SIZE = 224
 NOT_RECIPE = ("seed", "run", "runs", "loop", "online")
 SEED_ENDING = re.compile(r"[-_.+=]*(seed|s)?[-_.+=]*$")
 
@@ -59,6 +62,11 @@ class Group:
         return {name: _over_runs([metrics[name] for metrics in each if name in metrics]) for name in names}
 
     @cached_property
+    def on_imagenet(self) -> bool:
+        """Whether all runs were measured on ImageNet's 1000 classes at 224 pixels, so that papers' values compare."""
+        return all(_on_imagenet(run) for run in self.runs)
+
+    @cached_property
     def gaps(self) -> dict[str, list[int]]:
         """Of ImageNet-C's 15 corruptions, the severities that at least one run lacks; empty also if none has any."""
         found = [run.read_summary().get("protocols", {}).get("imagenet_c", {}).get("missing", {}) for run in self.runs]
@@ -95,8 +103,9 @@ def open_groups(runs: Sequence[RunFolder]) -> list[Group]:
 
 
 def config_of(run: RunFolder) -> dict[str, Any]:
-    """The run's config; empty for the results of an encoder from elsewhere, which leave a summary alone."""
-    if not run.config_file.is_file() and run.summary_file.is_file():
+    """The run's config; empty for an encoder from elsewhere: results without a config, or a run of no steps."""
+    summary = run.read_summary()
+    if summary and (not run.config_file.is_file() or summary.get("step") == 0):
         return {}
     return run.read_config()
 
@@ -127,6 +136,17 @@ def derived(metrics: Mapping[str, float]) -> dict[str, float]:
         if len(values) < len(SEVERITIES):
             found[f"imagenet_c/{corruption}/partial_top1"] = statistics.fmean(values)
     return found
+
+
+def _on_imagenet(run: RunFolder) -> bool:
+    protocols = run.read_summary().get("protocols", {}).values()
+    sizes = [
+        [(count, protocol[name]["samples"]) for name, count in IMAGENET.items()]
+        for protocol in protocols
+        if all("samples" in protocol.get(name, {}) for name in IMAGENET)
+    ]
+    whole = all(count * (1 - IMAGENET_MISSING) <= found <= count for pairs in sizes for count, found in pairs)
+    return bool(sizes) and whole and config_of(run).get("data", {}).get("image_size", IMAGENET_SIZE) == IMAGENET_SIZE
 
 
 def _over_runs(values: list[float]) -> Value:

@@ -1,6 +1,6 @@
 """The tables of a report: what stands in which row and column, and the published values beside."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.page import Grey
@@ -17,6 +17,11 @@ PUBLISHED = {
     ("supervised", "resnet18"): "69.17 ± 0.07",
     ("supervised+attention", "resnet18"): "69.30 ± 0.04",
 }
+NONE_PUBLISHED = (
+    "No published values (Yao et al., 2023; ResNet-50, ImageNet) stand beside: no row is of their architecture, images "
+    "and size."
+)
+ONE_RUN = "One run a row: no deviation over seeds is known, so small differences may be chance."
 METRIC_NAMES = {
     "nss": "NSS",
     "kld": "KLD",
@@ -120,23 +125,40 @@ def group_cell(group: Group, name: str, *, digits: int = 2, note: str = "") -> C
 
 
 def plain_table(
-    groups: Sequence[Group], columns: Mapping[str, str], *, name: str, title: str, caption: str, digits: int = 2
+    groups: Sequence[Group],
+    columns: Mapping[str, str],
+    *,
+    name: str,
+    title: str,
+    caption: str,
+    digits: int | Mapping[str, int] = 2,
+    note: Callable[[Group], str] = lambda group: "",
 ) -> TableOf | None:
-    """One row a group, one column a metric (metric to heading); None if no group has any of them."""
+    """One row a group, one column a metric (metric to heading), without those that have no number; None without any.
+
+    Args:
+        digits: behind the point; by metric where they differ, the others 3.
+        note: what stands behind a row's first number, e.g. that it is partial.
+    """
     used = {metric: heading for metric, heading in columns.items() if any(metric in g.values for g in groups)}
-    rows = [[g.label, *(group_cell(g, metric, digits=digits) for metric in used)] for g in groups]
-    return TableOf(name, title, caption, ["", *used.values()], rows) if used else None  # type: ignore[arg-type]
+    rows: list[list[Cell | str | None]] = []
+    for group in groups:
+        places = {metric: digits if isinstance(digits, int) else digits.get(metric, 3) for metric in used}
+        cells = [
+            group_cell(group, metric, digits=places[metric], note="" if i else note(group))
+            for i, metric in enumerate(used)
+        ]
+        rows += [[group.label, *cells]] if any(cells) else []
+    return TableOf(name, title, caption, ["", *used.values()], rows) if used else None
 
 
 def published(group: Group) -> Grey | None:
-    """The paper's top-1 of the group's arm, where the paper has that arm."""
+    """The paper's top-1 of the group's arm and architecture, where they were measured on what the paper was."""
     attention, data = group.config.get("attention", {}), group.config.get("data", {})
     changed = data.get("control", "none") != "none" or not attention.get("kld", 1) or not attention.get("nss", 1)
-    if "attention" in group.arm and changed:
+    if not group.on_imagenet or ("attention" in group.arm and changed):
         return None
-    backbone = "resnet18" if group.config.get("model", {}).get("backbone") == "resnet18" else "resnet50"
-    if (group.arm, backbone) not in PUBLISHED:
-        backbone = "resnet50"
+    backbone = str(group.config.get("model", {}).get("backbone", ""))
     value = PUBLISHED.get((group.arm, backbone))
     return Grey(f"{value}{', ResNet-18' if backbone == 'resnet18' else ''}") if value else None
 
@@ -147,6 +169,7 @@ def overview(groups: Sequence[Group], numbers: Numbers) -> TableOf:
         "linear_probe/top1": ("linear top-1 %", 2),
         "published": (Grey("published top-1 %"), 0),
         "knn/top1": ("kNN top-1 %", 2),
+        "imagenet_c/mean_top1": ("corrupted top-1 %", 2),
         "imagenet_c/mce": ("mCE", 1),
         "attention/nss": ("NSS", 3),
         "attention/kld": ("KLD", 3),
@@ -156,6 +179,7 @@ def overview(groups: Sequence[Group], numbers: Numbers) -> TableOf:
     for group in groups:
         row: dict[str, Cell | str | None] = {"": group.label, "runs": _num_runs(group)}
         row |= {name: group_cell(group, name, digits=digits) for name, (_, digits) in wanted.items()}
+        row["imagenet_c/mce"] = row["imagenet_c/mce"] if group.on_imagenet else None
         rows.append(row | {"published": published(group)})
     _add_floor(groups, numbers)
     for label, prefix in (("random init", "random init/"), ("teacher", "teacher/"), ("centre bias", "centre_bias/")):
@@ -165,11 +189,13 @@ def overview(groups: Sequence[Group], numbers: Numbers) -> TableOf:
     kept = [name for name in wanted if any(row.get(name) is not None for row in rows)]
     columns = ["", "runs", *(wanted[name][0] for name in kept)]
     body = [[row.get(name) for name in ("", "runs", *kept)] for row in rows]
-    caption = (
-        "Mean ± deviation over runs that differ in their seed alone. KLD and mCE: lower is better; the rest: higher. "
-        "Published: Yao et al. (2023), ResNet-50 on ImageNet unless it says otherwise, to be compared with that alone."
-    )
-    return TableOf("overview", "Results", caption, columns, body)
+    several = any(len(group.runs) > 1 for group in groups)
+    caption = "Mean ± deviation over runs that differ in their seed alone." if several else ONE_RUN
+    caption += f" KLD{' and mCE' if 'imagenet_c/mce' in kept else ''}: lower is better; the rest: higher."
+    if "published" in kept:
+        caption += " Published: Yao et al. (2023), on ImageNet with ResNet-50 unless it says otherwise."
+    after = "" if "published" in kept else NONE_PUBLISHED
+    return TableOf("overview", "Results", caption, columns, body, after)
 
 
 def alignment(groups: Sequence[Group], numbers: Numbers) -> TableOf | None:

@@ -7,10 +7,12 @@ from torch import Tensor
 from engine.errors import InputError
 from pretrain.evaluators.attention_maps import Densities, feature_norm, grad_cam, has_feature_map, open_readout
 from pretrain.evaluators.base import Evaluator, Result, Subject
-from pretrain.evaluators.features import UNREADABLE, Job, Outputs, collect
+from pretrain.evaluators.cache import Outputs
+from pretrain.evaluators.features import collect
 from pretrain.evaluators.gaze_rows import GazeRows, means
 from pretrain.evaluators.linear_probe import fit_on
 from pretrain.evaluators.prepare import CentreCrop
+from pretrain.evaluators.reading import UNREADABLE, Job
 from pretrain.evaluators.sources import ShardImages, train_images
 from pretrain.evaluators.subjects import state_hash
 from pretrain.probe_config import ProbeConfig

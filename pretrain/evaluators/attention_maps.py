@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from pretrain.augment import recolour
 from pretrain.config import Arm, Config
 from pretrain.data import view_batches
 from pretrain.evaluators.base import Subject
+from pretrain.evaluators.cache import kept_tensors, key_digest, tensor_digest
 from pretrain.evaluators.linear_probe import LinearHead
 from pretrain.model import AttentionHead, resolve_stages
 from pretrain.objective import attention_objective
@@ -75,8 +77,54 @@ def open_readout(subject: Subject, probe: ProbeConfig) -> tuple[Readout, str]:
             raise InputError(f"{subject.name}: its attention heads do not fit its config ({reason})") from error
         return readout.eval(), "the student's own head"
     steps = probe.gaze_options.readout_steps or subject.step or DEFAULT_STEPS
-    train_readout(readout, subject, probe, steps=steps)
+
+    def make() -> dict[str, Tensor]:
+        train_readout(readout, subject, probe, steps=steps)
+        return readout.state_dict()
+
+    key = readout_key(subject, probe)
+    readout.load_state_dict(kept_tensors(subject.cache, "readout", key, make, ranks=subject.ranks))
     return readout.eval(), f"read-out trained for {steps} steps on the frozen encoder"
+
+
+def readout_key(subject: Subject, probe: ProbeConfig) -> dict[str, Any]:
+    """All that decides what `open_readout` returns, known without training it.
+
+    Raises:
+        InputError: no labels to train a read-out from.
+    """
+    key: dict[str, Any] = {
+        "encoder": subject.hash,
+        "attention": key_digest(dataclasses.asdict(subject.config.attention)),
+    }
+    if subject.heads:
+        return key | {"heads": {name: tensor_digest(value) for name, value in sorted(subject.heads.items())}}
+    config = readout_config(subject, probe)
+    shards = open_data(config)
+    assert shards.label_manifest is not None
+    options = probe.gaze_options
+    steps = options.readout_steps or subject.step or DEFAULT_STEPS
+    recipe = [dataclasses.asdict(part) for part in (config.views, config.model)]
+    numbers = [steps, options.readout_lr, probe.seed, config.seed, config.data.batch_size, config.data.image_size]
+    return key | {
+        "images": shards.digest,
+        "labels": shards.label_manifest.digest,
+        "options": key_digest([recipe, numbers, config.data.window, subject.statistics]),
+    }
+
+
+def readout_config(subject: Subject, probe: ProbeConfig) -> Config:
+    """The config of the training that a read-out gets: the run's own, with attention.
+
+    Raises:
+        InputError: no labels.
+    """
+    run = subject.config
+    labels = probe.labels or run.data.labels
+    if labels is None:
+        raise InputError(f"{subject.name} has no attention head: give label shards to train a read-out with --labels")
+    arm: Arm = "contrastive+attention" if run.contrastive else "supervised+attention"
+    return dataclasses.replace(run, arm=arm, data=dataclasses.replace(run.data, labels=labels, teacher=None))
 
 
 def train_readout(readout: Readout, subject: Subject, probe: ProbeConfig, *, steps: int) -> None:
@@ -84,12 +132,7 @@ def train_readout(readout: Readout, subject: Subject, probe: ProbeConfig, *, ste
 
     Every rank trains the same heads on the whole batch: the result does not depend on the number of ranks.
     """
-    run = subject.config
-    labels = probe.labels or run.data.labels
-    if labels is None:
-        raise InputError(f"{subject.name} has no attention head: give label shards to train a read-out with --labels")
-    arm: Arm = "contrastive+attention" if run.contrastive else "supervised+attention"
-    config = dataclasses.replace(run, arm=arm, data=dataclasses.replace(run.data, labels=labels, teacher=None))
+    config = readout_config(subject, probe)
     shards = open_data(config)
     batch = min(config.data.batch_size, shards.num_samples)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch))
@@ -98,12 +141,12 @@ def train_readout(readout: Readout, subject: Subject, probe: ProbeConfig, *, ste
     batches = view_batches(
         make_dataset(config, shards),
         data=config.data,
-        loop=dataclasses.replace(run.loop, num_workers=probe.num_workers),
+        loop=dataclasses.replace(config.loop, num_workers=probe.num_workers),
         rank=0,
         world_size=1,
         start_step=0,
         stop_step=steps,
-        seed=run.seed,
+        seed=config.seed,
     )
     mean, std = subject.statistics
     with torch.enable_grad():

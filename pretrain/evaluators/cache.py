@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from engine.files import atomic_write
+from engine.ranks import Ranks
 
 Outputs = dict[str, Tensor]
 
@@ -19,6 +21,11 @@ Outputs = dict[str, Tensor]
 def key_digest(value: Any) -> str:
     """Hexadecimal SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def tensor_digest(value: Tensor) -> str:
+    """Hexadecimal SHA-256 of a tensor's values."""
+    return hashlib.sha256(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 class PartCache:
@@ -76,6 +83,46 @@ class PartCache:
 
     def _refuse(self, path: Path, reason: str) -> None:
         self.report(f"cache {path} is damaged ({reason}): computed again")
+
+
+def kept_tensors(
+    folder: Path | None, name: str, key: dict[str, Any], make: Callable[[], Outputs], *, ranks: Ranks
+) -> Outputs:
+    """What `make` gives, made once per key: kept in `folder/<name>-<first of key's digest>.safetensors`.
+
+    What rank 0 finds or does not find decides for all, as other jobs write at any time.
+
+    Args:
+        folder: None keeps nothing.
+        key: everything that decides the content.
+        make: called by every rank, or by none.
+
+    Returns:
+        Rank 0's tensors, on CPU.
+    """
+    digest = key_digest(key)
+    path = None if folder is None else folder / f"{name}-{digest[:32]}.safetensors"
+    found = ranks.broadcast(_read_tensors(path, digest) if path is not None and ranks.is_main else None)
+    if found is not None:
+        return found
+    made = ranks.broadcast({each: value.detach().cpu().contiguous() for each, value in make().items()})
+    if path is not None and ranks.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, save(made, metadata={"key": digest, "crc": _crc(made)}))
+    return made
+
+
+def _read_tensors(path: Path, digest: str) -> Outputs | None:
+    """Tensors written under that key; None where they are absent or damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            marks = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError, ValueError):
+        return None
+    return found if marks.get("key") == digest and marks.get("crc") == _crc(found) else None
 
 
 def _crc(outputs: Outputs) -> str:

@@ -4,7 +4,7 @@ Source: Hendrycks and Dietterich, ICLR 2019. The corruptions themselves are the 
 of PyPI's imagecorruptions-imaug, which runs on current Python and NumPy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,12 @@ def corrupt(image: np.ndarray, name: str, *, severity: int, seed: int) -> np.nda
         return apply(image, severity=severity, corruption_name=name, **given)
     finally:
         np.random.set_state(state)
+
+
+def warm_up(names: Iterable[str]) -> None:
+    """Compile what is compiled at its first use (numba's glass blur), before processes are forked."""
+    if "glass_blur" in names:
+        corrupt(np.zeros((SMALLEST, SMALLEST, 3), dtype=np.uint8), "glass_blur", severity=1, seed=0)
 
 
 def mean_corruption_error(errors: Mapping[str, float]) -> float:

@@ -4,71 +4,24 @@ The set is cut into parts of fixed size, whatever the number of ranks; a rank ta
 never cross parts, so an image's numbers do not depend on who computed them.
 """
 
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from engine.errors import InputError
-from engine.loading import make_loader
 from engine.progress import ProgressBar
-from pretrain.augment import normalize
 from pretrain.evaluators.base import Subject
-from pretrain.evaluators.cache import PartCache, key_digest
-from pretrain.evaluators.prepare import CentreCrop, Corrupted, Prepare, RandomView
+from pretrain.evaluators.cache import Outputs
+from pretrain.evaluators.prepare import CentreCrop, Prepare, RandomView
+from pretrain.evaluators.reading import Ahead, Compute, Job, Part, Plan, Read, to_inputs
 from pretrain.evaluators.sources import ImageSource
 from pretrain.probe_config import ProbeConfig
 
 PART = 1024  # images; also how much a kill can cost
-READ_AHEAD = 64  # images that a loader process hands over at a time
-UNREADABLE = -2
-Outputs = dict[str, Tensor]
-Compute = Callable[[Tensor], Outputs]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is computed of which images.
-
-    Attributes:
-        compute: normalised images `(batch, 3, size, size)` to named tensors `(batch, ...)`.
-        key: all that decides `compute` besides the encoder's weights.
-        title: for the progress bar.
-    """
-
-    source: ImageSource
-    prepare: Prepare
-    compute: Compute
-    key: str
-    title: str
-
-
-class Prepared(Dataset[tuple[Tensor, Tensor]]):
-    """Images as uint8 `(batch, size, size, 3)` and labels; one that cannot be read has label `UNREADABLE`."""
-
-    def __init__(self, source: ImageSource, prepare: Prepare, *, size: int) -> None:
-        self.source, self.prepare, self.size = source, prepare, size
-
-    def __getitem__(self, part: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Images `part[0]` to `part[1] - 1`."""
-        return self.__getitems__(list(range(*part)))
-
-    def __getitems__(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        """Read one batch."""
-        images = np.zeros((len(numbers), self.size, self.size, 3), dtype=np.uint8)
-        labels = np.full(len(numbers), UNREADABLE, dtype=np.int64)
-        for i, number in enumerate(numbers):
-            try:
-                image, label = self.source.read(number)
-                images[i], labels[i] = self.prepare(image, number), label
-            except ValueError:
-                continue
-        return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def collect(subject: Subject, probe: ProbeConfig, job: Job) -> Outputs:
@@ -81,106 +34,81 @@ def collect(subject: Subject, probe: ProbeConfig, job: Job) -> Outputs:
         Name to `(num_images, ...)`, the same on every rank; `labels` int64 holds `UNREADABLE` where an image could not
         be read.
     """
-    cache = PartCache(subject.cache, _cache_key(subject, job), report=subject.report)
-    count, ranks = len(job.source), subject.ranks
-    parts = [(start, min(start + PART, count)) for start in range(0, count, PART)]
-    mine = parts[ranks.rank :: ranks.world_size]
-    found = {part[0]: stored for part in mine if (stored := cache.load(part)) is not None}
-    missing = [part for part in mine if part[0] not in found]
-    show = ranks.is_main and bool(missing) and count > PART
+    (outputs,) = collect_each(subject, probe, [job])
+    return outputs
+
+
+def collect_each(subject: Subject, probe: ProbeConfig, jobs: Iterable[Job]) -> Iterator[Outputs]:
+    """As `collect`, for one job after another; the reading processes are started once and run ahead across jobs.
+
+    Args:
+        jobs: taken as the reading gets to them; every rank gives the same.
+    """
+    with closing(Ahead(subject, probe, jobs, part=PART)) as ahead:
+        for plan in ahead.plans():
+            yield _collect(subject, probe, plan, ahead)
+
+
+def _collect(subject: Subject, probe: ProbeConfig, plan: Plan, ahead: Ahead) -> Outputs:
+    count, ranks, parts = len(plan.job.source), subject.ranks, plan.parts
     whole: Outputs = {}
-    with (
-        ProgressBar(count, job.title) if show else _NoBar() as bar,
-        closing(_compute_parts(subject, probe, job, missing)) as computed,
-    ):
+    with ProgressBar(count, plan.job.title) if _is_long(subject, plan) else _NoBar() as bar:
         for turn in range(0, len(parts), ranks.world_size):
             here = parts[turn + ranks.rank] if turn + ranks.rank < len(parts) else None
-            outputs: Outputs | None = None
-            if here is not None:
-                outputs = found.pop(here[0], None)
-                if outputs is None:
-                    outputs = next(computed)
-                    cache.store(here, outputs)
+            outputs = None if here is None else _part_outputs(subject, probe, plan, here, ahead)
             for part, values in zip(parts[turn:], ranks.gather(outputs), strict=False):
                 _put(whole, part, values, count=count)
                 bar.update(part[1] - part[0])
     return whole
 
 
-def _put(whole: Outputs, part: tuple[int, int], values: Outputs, *, count: int) -> None:
+def _is_long(subject: Subject, plan: Plan) -> bool:
+    return subject.ranks.is_main and bool(plan.ordered) and len(plan.parts) > 1
+
+
+def _part_outputs(subject: Subject, probe: ProbeConfig, plan: Plan, part: Part, ahead: Ahead) -> Outputs:
+    """A part's outputs, from the cache where they are there and whole."""
+    found = None if part in plan.ordered else plan.outputs.load(part)
+    if found is None:
+        found = _compute(subject, plan.job.compute, ahead.read(plan, part), size=probe.batch_size)
+        plan.outputs.store(part, found)
+    return found
+
+
+def _put(whole: Outputs, part: Part, values: Outputs, *, count: int) -> None:
     for name, value in values.items():
         if name not in whole:
             whole[name] = torch.empty((count, *value.shape[1:]), dtype=value.dtype)
         whole[name][part[0] : part[1]] = value
 
 
-def _compute_parts(
-    subject: Subject, probe: ProbeConfig, job: Job, parts: list[tuple[int, int]]
-) -> Generator[Outputs, None, None]:
-    size = probe.batch_size
-    with closing(_part_pixels(subject, probe, job, parts)) as read:
-        for pixels, labels in read:
-            chunks = [_forward(subject, job, pixels[i : i + size]) for i in range(0, len(pixels), size)]
-            yield {name: torch.cat([one[name] for one in chunks]) for name in chunks[0]} | {"labels": labels}
+def _compute(subject: Subject, compute: Compute, pieces: Iterator[Read], *, size: int) -> Outputs:
+    """Outputs and labels of one part; what is computed stays on the device until the part is done.
+
+    So the device is waited for once a part, and the next images are brought while it computes.
+    """
+    labels: list[Tensor] = []
+    chunks: list[Outputs] = []
+    for pixels in _batches(subject, pieces, labels, size=size):
+        with torch.no_grad():
+            found = compute(to_inputs(pixels, subject))
+            chunks.append({name: value.detach().float() for name, value in found.items()})
+    outputs = {name: torch.cat([chunk[name] for chunk in chunks]).cpu() for name in chunks[0]}
+    return outputs | {"labels": torch.cat(labels)}
 
 
-def _forward(subject: Subject, job: Job, pixels: Tensor) -> Outputs:
-    mean, std = subject.statistics
-    images = pixels.to(subject.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
-    with torch.no_grad():
-        outputs = job.compute(normalize(images, mean=mean, std=std))
-    return {name: value.float().cpu() for name, value in outputs.items()}
-
-
-def _part_pixels(
-    subject: Subject, probe: ProbeConfig, job: Job, parts: list[tuple[int, int]]
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Input pixels and labels of each part; corrupted ones from the image cache where that is asked for."""
-    keep = probe.corruptions.cache_images and isinstance(job.prepare, Corrupted)
-    key = {"data": job.source.digest, "prepare": job.prepare.key}
-    cache = PartCache(subject.cache if keep else None, key, report=subject.report)
-    dataset = Prepared(job.source, job.prepare, size=subject.image_size)
-    held = {part for part in parts if cache.holds(part)}
-    with closing(_read_parts(dataset, [part for part in parts if part not in held], probe)) as read:
-        for part in parts:
-            found = cache.load(part) if part in held else None
-            if found is not None:
-                yield found["pixels"], found["labels"]
-                continue
-            if part in held:  # damaged: read outside the loader's order
-                pixels, labels = dataset[part]
-            else:
-                pixels, labels = next(read)
-            cache.store(part, {"pixels": pixels, "labels": labels})
-            yield pixels, labels
-
-
-def _read_parts(
-    dataset: Prepared, parts: list[tuple[int, int]], probe: ProbeConfig
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Pixels and labels of whole parts, read ahead in batches by one loader for all of them."""
-    if not parts:
-        return
-    if isinstance(dataset.prepare, Corrupted):
-        dataset.prepare.warm_up()
-    size = min(probe.batch_size, READ_AHEAD)
-    batches = [list(range(i, min(i + size, stop))) for start, stop in parts for i in range(start, stop, size)]
-    loader = iter(make_loader(dataset, batches, num_workers=min(probe.num_workers, len(batches))))
-    for number, (start, stop) in enumerate(parts, start=1):
-        batch = [next(loader) for _ in range(start, stop, size)]
-        if number == len(parts):
-            next(loader, None)  # at its end the loader ends its processes
-        yield torch.cat([pixels for pixels, _ in batch]), torch.cat([labels for _, labels in batch])
-
-
-def _cache_key(subject: Subject, job: Job) -> dict[str, Any]:
-    return {
-        "encoder": subject.hash,
-        "data": job.source.digest,
-        "prepare": job.prepare.key,
-        "compute": job.key,
-        "statistics": key_digest(subject.statistics),
-    }
+def _batches(subject: Subject, pieces: Iterator[Read], labels: list[Tensor], *, size: int) -> Iterator[Tensor]:
+    """Pixels on the device, `size` images at a time (the last batch smaller); their labels go to `labels`."""
+    waiting: list[Tensor] = []
+    for pixels, answers in pieces:
+        labels.append(answers)
+        waiting.append(pixels.to(subject.device, non_blocking=True))
+        while sum(map(len, waiting)) >= size:
+            together = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+            yield together[:size]
+            waiting = [together[size:]] if len(together) > size else []
+    if waiting:
+        yield torch.cat(waiting)
 
 
 class _NoBar:
@@ -221,8 +149,30 @@ def pooled_features(
         InputError: no labelled image could be read.
     """
     prepare = prepare or CentreCrop(subject.image_size, probe.crop)
-    job = Job(source, prepare, pooled(subject), "pooled", title or f"features of {source.name}")
-    outputs = collect(subject, probe, job)
+    ((features, labels),) = pooled_each(subject, probe, [(source, prepare)], title=title)
+    return features, labels
+
+
+def pooled_each(
+    subject: Subject, probe: ProbeConfig, sets: Iterable[tuple[ImageSource, Prepare]], *, title: str = ""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `pooled_features`, for one set after another, read by the same processes.
+
+    Raises:
+        InputError: a set of which no labelled image could be read.
+    """
+    sources: deque[ImageSource] = deque()
+
+    def jobs() -> Iterator[Job]:
+        for source, prepare in sets:
+            sources.append(source)
+            yield Job(source, prepare, pooled(subject), "pooled", title or f"features of {source.name}")
+
+    for outputs in collect_each(subject, probe, jobs()):
+        yield _labelled(outputs, sources.popleft(), subject)
+
+
+def _labelled(outputs: Outputs, source: ImageSource, subject: Subject) -> tuple[Tensor, Tensor]:
     keep = outputs["labels"] >= 0
     if not keep.any():
         raise InputError(f"{source.name}: no labelled sample can be read; a probe needs images with classes")

@@ -13,11 +13,10 @@ from torch.nn import functional
 
 from engine.errors import InputError
 from engine.loading import make_loader
-from pretrain.augment import normalize
 from pretrain.evaluators.base import Evaluator, Result, Subject
-from pretrain.evaluators.features import Prepared
 from pretrain.evaluators.linear_probe import accuracies, pair_protocol
 from pretrain.evaluators.prepare import CentreCrop, RandomView
+from pretrain.evaluators.reading import READ_AHEAD, Order, Prepared, to_inputs
 from pretrain.evaluators.sources import ShardImages, labelled_pair
 from pretrain.evaluators.subjects import untrained
 from pretrain.probe_config import FinetuneConfig, ProbeConfig
@@ -152,14 +151,13 @@ def _run_arm(arm: Arm, subject: Subject, probe: ProbeConfig, train: ShardImages,
     with torch.enable_grad():
         _train(model, arm, subject, probe, train)
     model.eval()
-    prepare = CentreCrop(subject.image_size, probe.crop)
-    numbers = list(range(len(val)))
-    batches = [numbers[i : i + probe.batch_size] for i in range(0, len(val), probe.batch_size)]
-    dataset = Prepared(val, prepare, size=subject.image_size)
+    dataset = Prepared(val, CentreCrop(subject.image_size, probe.crop), size=subject.image_size)
+    size = min(probe.batch_size, READ_AHEAD)
+    orders = [Order(list(range(i, min(i + size, len(val))))) for i in range(0, len(val), size)]
     scores, labels = [], []
     with torch.no_grad():
-        for pixels, answers in make_loader(dataset, batches, num_workers=min(probe.num_workers, len(batches))):
-            scores.append(model(_inputs(pixels, subject)).cpu()[answers >= 0])
+        for pixels, answers in make_loader(dataset, orders, num_workers=min(probe.num_workers, len(orders))):
+            scores.append(model(to_inputs(pixels, subject)).cpu()[answers >= 0])
             labels.append(answers[answers >= 0])
     return accuracies(torch.cat(scores), torch.cat(labels))
 
@@ -175,21 +173,22 @@ def _train(model: nn.Module, arm: Arm, subject: Subject, probe: ProbeConfig, tra
         {"params": model.classifier.parameters(), "scale": config.head_lr},  # type: ignore[union-attr]
     ]
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True)
+    # one loader for all epochs: each view is drawn from its order's seed, epoch and image
+    prepare = [RandomView(subject.image_size, probe.seed, epoch) for epoch in range(config.epochs)]
     rng = np.random.default_rng(probe.seed)
-    step = 0
-    for epoch in range(config.epochs):
+    orders = []
+    for view in prepare:
         order = rng.permutation(arm.numbers)
-        batches = [order[i * size : (i + 1) * size].tolist() for i in range(per_epoch)]
-        dataset = Prepared(train, RandomView(subject.image_size, probe.seed, epoch), size=subject.image_size)
-        for pixels, labels in make_loader(dataset, batches, num_workers=min(probe.num_workers, len(batches))):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"] * 0.5 * (1 + math.cos(math.pi * step / total))
-            targets = labels.clamp(min=-1).to(subject.device)
-            loss = functional.cross_entropy(model(_inputs(pixels, subject)), targets, ignore_index=-1)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
+        orders += [Order(order[i * size : (i + 1) * size].tolist(), view) for i in range(per_epoch)]
+    dataset = Prepared(train, prepare[0], size=subject.image_size)
+    for step, (pixels, labels) in enumerate(make_loader(dataset, orders, num_workers=min(probe.num_workers, total))):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"] * 0.5 * (1 + math.cos(math.pi * step / total))
+        targets = labels.clamp(min=-1).to(subject.device, non_blocking=True)
+        loss = functional.cross_entropy(model(to_inputs(pixels, subject)), targets, ignore_index=-1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 class _Classifier(nn.Module):
@@ -206,11 +205,6 @@ class _Classifier(nn.Module):
         """Class scores `(batch, num_classes)`."""
         features = self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
         return self.classifier(features)
-
-
-def _inputs(pixels: Tensor, subject: Subject) -> Tensor:
-    mean, std = subject.statistics
-    return normalize(pixels.to(subject.device).permute(0, 3, 1, 2).float() / 255, mean=mean, std=std)
 
 
 evaluator = Evaluator("finetune", needs=("train", "val"), run=finetune)

@@ -1,5 +1,10 @@
 """Accuracy on corrupted images (ImageNet-C and its like) of a linear probe that was trained on clean ones."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
 from engine.errors import InputError
 from pretrain.evaluators.base import Evaluator, Result, Subject
 from pretrain.evaluators.cache import key_digest
@@ -10,15 +15,16 @@ from pretrain.evaluators.corruptions import (
     check_severities,
     choose_corruptions,
     summarise,
+    warm_up,
 )
-from pretrain.evaluators.errors_kept import KeptErrors
-from pretrain.evaluators.features import pooled_features
+from pretrain.evaluators.features import pooled_each, pooled_features
+from pretrain.evaluators.kept import Condition, KeptNumbers
 from pretrain.evaluators.linear_probe import LinearHead, accuracies, fit_on, linear_protocol, pair_protocol
 from pretrain.evaluators.prepare import CentreCrop, Corrupted, Prepare, ReleasedCrop
 from pretrain.evaluators.sources import ArrayImages, FolderImages, ImageSource, ShardImages, labelled_pair
 from pretrain.probe_config import ProbeConfig
 
-Condition = tuple[str, int]
+NAMES = ("error",)
 
 
 def imagenet_c(subject: Subject, probe: ProbeConfig) -> Result:
@@ -34,21 +40,47 @@ def imagenet_c(subject: Subject, probe: ProbeConfig) -> Result:
     train, val = labelled_pair(probe)
     corrupted = CorruptedSets(subject, probe, val)
     head = fit_on(subject, probe, train)
-    clean = 1 - _top1(subject, probe, val, head, CentreCrop(subject.image_size, probe.crop)) / 100
-    kept = KeptErrors(subject.cache, corrupted.key(subject, train))
+    clean = 1 - _top1(head, *pooled_features(subject, probe, val))
+    kept = kept_errors(subject, probe, corrupted, train)
     # rank 0 says what is left to do: jobs of an array write at any time, and the ranks must do the same
-    for condition in subject.ranks.broadcast([one for one in corrupted.conditions() if not kept.has(one)]):
-        source, prepare = corrupted.open(condition)
-        error = 1 - _top1(subject, probe, source, head, prepare) / 100
+    missing = subject.ranks.broadcast([one for one in corrupted.conditions() if not kept.has(one)])
+    for condition, (features, labels) in zip(
+        missing, pooled_each(subject, probe, corrupted.open_each(missing)), strict=True
+    ):
+        error = 1 - _top1(head, features, labels)
         subject.report(f"imagenet_c: {condition[0]} severity {condition[1]}: top1 {100 * (1 - error):.2f}")
         kept.put(condition, error, write=subject.ranks.is_main)
-    alexnet = corrupted.layout != "array"
-    errors = subject.ranks.broadcast(kept.all())
+    protocol = pair_protocol(probe, train, val) | linear_protocol(probe, head) | corrupted.protocol()
+    return summary(subject.ranks.broadcast(kept.all()), clean=clean, protocol=protocol, num_classes=len(train.classes))
+
+
+def kept_errors(subject: Subject, probe: ProbeConfig, corrupted: "CorruptedSets", train: ShardImages) -> KeptNumbers:
+    """The errors that are known."""
+    key = corrupted.key(subject, probe, train)
+    return KeptNumbers(subject.cache, key, kind="errors", names=NAMES)
+
+
+def summary(
+    found: Mapping[Condition, tuple[float, ...]], *, clean: float, protocol: dict[str, Any], num_classes: int
+) -> Result:
+    """The result of whatever was measured so far.
+
+    Args:
+        found: condition to its error.
+        clean: error on the clean images.
+        protocol: of data, probe and corrupted sets.
+    """
+    errors: dict[str, dict[int, float]] = {}
+    for (name, severity), (error,) in found.items():
+        errors.setdefault(name, {})[severity] = error
+    alexnet = protocol["layout"] != "array"
     metrics, state = summarise(errors, clean=clean, alexnet=alexnet)
-    protocol = pair_protocol(probe, train, val) | linear_protocol(probe, head) | corrupted.protocol() | state
-    if alexnet and "mce" in metrics:
-        protocol["mce"] = "by AlexNet's errors on ImageNet" + ("" if len(train.classes) == 1000 else "; not comparable")
+    protocol = protocol | state
     note = "" if state["complete"] else f"PARTIAL, {_gaps(state['missing'])} of 75 missing, no mCE"
+    if "mce" in metrics:
+        comparable = num_classes == 1000
+        protocol["mce"] = "by AlexNet's errors on ImageNet" + ("" if comparable else "; not comparable")
+        note = note or ("" if comparable else "mCE not comparable: not ImageNet's classes")
     return Result(_ordered(metrics), protocol, tables=_tables(errors), note=note)
 
 
@@ -96,9 +128,14 @@ class CorruptedSets:
             return images, CentreCrop(self.size, 1.0)
         return FolderImages(self.folder / name / str(severity), classes=self.val.classes), ReleasedCrop(self.size)
 
-    def key(self, subject: Subject, train: ShardImages) -> dict[str, object]:
+    def open_each(self, conditions: Sequence[Condition]) -> Iterator[tuple[ImageSource, Prepare]]:
+        """As `open`, one after another when they are needed."""
+        if self.folder is None:
+            warm_up(name for name, _ in conditions)
+        yield from map(self.open, conditions)
+
+    def key(self, subject: Subject, probe: ProbeConfig, train: ShardImages) -> dict[str, object]:
         """All that decides an error: what was measured under another key is not mixed in."""
-        probe = self.probe
         where = str(self.folder.resolve()) if self.folder is not None else self.val.digest
         options = [vars(probe.linear), probe.crop, probe.seed, self.size, subject.statistics]
         return {
@@ -122,9 +159,9 @@ class CorruptedSets:
         return (self.folder / name / str(severity)).is_dir()
 
 
-def _top1(subject: Subject, probe: ProbeConfig, source: ImageSource, head: LinearHead, prepare: Prepare) -> float:
-    features, labels = pooled_features(subject, probe, source, prepare=prepare)
-    return accuracies(head.scores(features), labels)["top1"]
+def _top1(head: LinearHead, features: Tensor, labels: Tensor) -> float:
+    """Share of hits, 0 to 1."""
+    return accuracies(head.scores(features), labels)["top1"] / 100
 
 
 def _gaps(missing: dict[str, list[int]]) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pretrain.evaluators.base import Evaluator, Result, Subject
+from pretrain.evaluators.cache import kept_tensors, key_digest
 from pretrain.evaluators.features import pooled_features, view_features
 from pretrain.evaluators.sources import ImageSource, ShardImages, labelled_pair
 from pretrain.evaluators.subjects import untrained
@@ -88,7 +89,23 @@ def accuracies(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def fit_on(subject: Subject, probe: ProbeConfig, train: ShardImages) -> LinearHead:
-    """The head that `probe.linear` describes, trained on the subject's features of `train`."""
+    """The head that `probe.linear` describes, trained on the subject's features of `train`; kept in the cache."""
+    key = {
+        "encoder": subject.hash,
+        "train": train.digest,
+        "options": key_digest([vars(probe.linear), probe.crop, probe.seed, subject.image_size, subject.statistics]),
+    }
+
+    def make() -> dict[str, Tensor]:
+        head = _fit(subject, probe, train)
+        rate = torch.tensor(head.rate, dtype=torch.float64)
+        return {"mean": head.mean, "std": head.std, "weights": head.weights, "rate": rate}
+
+    kept = kept_tensors(subject.cache, "linear", key, make, ranks=subject.ranks)
+    return LinearHead(kept["mean"], kept["std"], kept["weights"], kept["rate"].item())
+
+
+def _fit(subject: Subject, probe: ProbeConfig, train: ShardImages) -> LinearHead:
     features, labels = pooled_features(subject, probe, train)
     count = probe.linear.views
 

@@ -1,11 +1,10 @@
 """Evaluators during training: on a copy of the encoder, generators put back, so that training never notices."""
 
-import copy
 import time
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from engine.checkpoint import rng_state, set_rng_state
 from engine.errors import InputError
@@ -15,7 +14,7 @@ from pretrain.evaluators.base import Evaluator, Subject
 from pretrain.evaluators.registry import pick
 from pretrain.evaluators.sources import check_needs
 from pretrain.evaluators.subjects import state_hash
-from pretrain.model import input_statistics
+from pretrain.model import build_backbone, input_statistics
 from pretrain.probe_config import GazeConfig, OnlineConfig, ProbeConfig
 from shards.reader import ShardSet
 
@@ -63,14 +62,22 @@ class OnlineEvaluation:
             set_rng_state(generators)
 
     def _snapshot(self, step: int) -> Subject:
-        """A frozen copy of the encoder."""
-        training = self.training
-        backbone: nn.Module = copy.deepcopy(self.student.backbone).eval().requires_grad_(False)
-        heads = copy.deepcopy(self.student.attention_heads.state_dict())
+        """A frozen copy of the encoder, the same on every rank.
+
+        Built anew from the gathered weights: under ZeRO 3 a rank holds parts of them only, and batch norm's statistics
+        are each rank's own; those of rank 0 are the ones that the encoder file gets.
+        """
+        training, student = self.training, self.student
+        state = training.weights()
+        own = {name: state[name] for name, _ in student.named_buffers() if name in state}
+        state |= training.ranks.broadcast(own)
+        backbone = build_backbone(self.config)
+        backbone.load_state_dict(_part(state, "backbone."))
+        backbone.eval().requires_grad_(False).to(training.accelerator.device)
         return Subject(
             config=self.config,
             backbone=backbone,
-            heads=heads,
+            heads=_part(state, "attention_heads."),
             hash=state_hash(backbone),
             name=f"{training.run.name} after step {step}",
             step=step,
@@ -82,6 +89,7 @@ class OnlineEvaluation:
 
     def _evaluate(self, evaluator: Evaluator, subject: Subject, step: int) -> None:
         started = time.monotonic()
+        self.training.at(f"evaluator {evaluator.name}")
         result = evaluator.run(subject, self.probe)
         if self.training.tracker is not None:
             self.training.tracker.log(
@@ -91,6 +99,10 @@ class OnlineEvaluation:
         seconds = time.monotonic() - started
         note = f" ({result.note})" if result.note else ""
         subject.report(f"online {evaluator.name}{note} after step {step}: {shown} ({seconds:.1f} s)")
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def online_probe(config: Config) -> ProbeConfig:

@@ -1,5 +1,6 @@
 """From an image to the encoder's input pixels: centre crop, random crop with flip, whole image, corrupted."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -7,12 +8,15 @@ import cv2
 import numpy as np
 
 from pretrain.config import ViewsConfig
-from pretrain.evaluators.corruptions import SMALLEST, corrupt, image_seed
+from pretrain.evaluators.corruptions import corrupt, image_seed
 from pretrain.views import draw_views
 
 
 class Prepare(Protocol):
-    """Makes the input of one image; `key` says all that decides its pixels, for caches."""
+    """Makes the input of one image; sent to loader processes, so it must pickle.
+
+    `key`: all that decides its pixels, for caches.
+    """
 
     @property
     def key(self) -> str: ...
@@ -71,17 +75,23 @@ class RandomView:
         return f"view-{self.size}-{self.seed}-{self.epoch}"
 
     def __call__(self, image: np.ndarray, number: int) -> np.ndarray:
+        return next(self.each([image], [number]))
+
+    def each(self, images: Sequence[np.ndarray], numbers: Sequence[int]) -> Iterator[np.ndarray]:
+        """As calling it on one image after another; drawing all at once takes a tenth of the time."""
         drawn = draw_views(
             ViewsConfig(),
             seed=self.seed,
-            epochs=[self.epoch],
-            samples=[number],
-            sizes=[image.shape[:2]],
+            epochs=[self.epoch] * len(images),
+            samples=numbers,
+            sizes=[image.shape[:2] for image in images],
             num_views=1,
         )
-        top, left, height, width = drawn.crops[0, 0].tolist()
-        pixels = fit_square(image[top : top + height, left : left + width], size=self.size, crop=0.0)
-        return cv2.flip(pixels, 1) if drawn.flips[0, 0] else pixels
+        for image, (top, left, height, width), flip in zip(
+            images, drawn.crops[0].tolist(), drawn.flips[0], strict=True
+        ):
+            pixels = fit_square(image[top : top + height, left : left + width], size=self.size, crop=0.0)
+            yield cv2.flip(pixels, 1) if flip else pixels
 
 
 @dataclass(frozen=True)
@@ -97,11 +107,6 @@ class Corrupted:
     def key(self) -> str:
         """See `Prepare`."""
         return f"{self.clean.key}-{self.corruption}-{self.severity}-{self.seed}"
-
-    def warm_up(self) -> None:
-        """Compile what is compiled at its first use (numba's glass blur), before processes are forked."""
-        if self.corruption == "glass_blur":
-            corrupt(np.zeros((SMALLEST, SMALLEST, 3), dtype=np.uint8), self.corruption, severity=1, seed=0)
 
     def __call__(self, image: np.ndarray, number: int) -> np.ndarray:
         seed = image_seed(self.seed, number=number, corruption=self.corruption, severity=self.severity)

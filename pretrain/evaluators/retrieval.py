@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from engine.errors import InputError
 from pretrain.evaluators.base import Evaluator, Result, Subject
-from pretrain.evaluators.corruptions import ALL, check_package, check_severities
+from pretrain.evaluators.corruptions import ALL, check_package, check_severities, warm_up
 from pretrain.evaluators.features import pooled_features
 from pretrain.evaluators.linear_probe import pair_protocol
 from pretrain.evaluators.prepare import CentreCrop, Corrupted, Prepare
@@ -123,6 +123,7 @@ def _query_preparation(config: RetrievalConfig, clean: CentreCrop, subject: Subj
         raise InputError(f"retrieval.corruption {config.corruption!r} is none of {', '.join(ALL)}")
     check_severities([config.severity])
     check_package(subject.image_size)
+    warm_up([config.corruption])
     return Corrupted(clean, config.corruption, config.severity, probe.seed)
 
 

@@ -1,62 +1,97 @@
 """How far the predicted attention moves under each corruption, beside the accuracy lost."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from attention.metrics import kld
 from engine.errors import InputError
-from pretrain.evaluators.attention_maps import Readout, open_readout
+from pretrain.evaluators.attention_maps import Readout, open_readout, readout_key
 from pretrain.evaluators.base import Evaluator, Result, Subject
+from pretrain.evaluators.cache import Outputs, key_digest
 from pretrain.evaluators.corruptions import ALL, COMMON, GROUPS, SEVERITIES
-from pretrain.evaluators.features import Compute, Job, Outputs, collect, pooled
+from pretrain.evaluators.features import collect, collect_each, pooled
 from pretrain.evaluators.imagenet_c import CorruptedSets
+from pretrain.evaluators.kept import Condition, KeptNumbers
 from pretrain.evaluators.linear_probe import accuracies, fit_on, linear_protocol, pair_protocol
-from pretrain.evaluators.prepare import CentreCrop, Prepare
-from pretrain.evaluators.sources import ImageSource, labelled_pair
+from pretrain.evaluators.prepare import CentreCrop
+from pretrain.evaluators.reading import Compute, Job
+from pretrain.evaluators.sources import ShardImages, labelled_pair
 from pretrain.evaluators.subjects import state_hash
 from pretrain.probe_config import ProbeConfig
 
 Table = dict[str, list[float]]
+Moved = Mapping[Condition, tuple[float, ...]]
+NAMES = ("kld", "lost")
 
 
 def robust_gaze(subject: Subject, probe: ProbeConfig) -> Result:
     """How far the predicted map moves from that of the clean image: `KLD(clean | corrupted)`.
 
     Metrics per `<corruption>/<severity>`, per corruption, per group, and over the 15 corruptions (or those of them that
-    were asked for): `kld` (nats, mean over images, 0: the map does not move) and `lost` (top-1 points lost by a linear
-    probe trained on clean images); `correlation` is Pearson's between the two over the conditions.
+    were measured): `kld` (nats, mean over images, 0: the map does not move) and `lost` (top-1 points lost by a linear
+    probe trained on clean images); `correlation` is Pearson's between the two over the conditions. What was measured
+    before is not measured again.
 
     Raises:
         InputError: a released set (its images have no clean twin), no class labels, no labels for a read-out.
     """
-    if probe.corruptions.folder is not None:
-        raise InputError("robust_gaze compares each image with its clean twin: leave out corruptions.folder")
     train, val = labelled_pair(probe)
-    corrupted = CorruptedSets(subject, probe, val)
+    corrupted = twins(subject, probe, val)
     readout, origin = open_readout(subject, probe)
     head = fit_on(subject, probe, train)
     compute, key = maps_and_features(subject, readout), f"maps-and-features-{state_hash(readout)}"
-
-    def outputs(source: ImageSource, prepare: Prepare, title: str) -> Outputs:
-        return collect(subject, probe, Job(source, prepare, compute, key, title))
-
-    clean = outputs(val, CentreCrop(subject.image_size, probe.crop), "clean maps")
+    clean = collect(subject, probe, Job(val, CentreCrop(subject.image_size, probe.crop), compute, key, "clean maps"))
     use = clean["labels"] >= 0
     if not use.any():
         raise InputError(f"{val.name}: no labelled image can be read")
     labels, maps = clean["labels"][use], clean["maps"][use]
     top1 = accuracies(head.scores(clean["features"][use]), labels)["top1"]
-    moved: dict[tuple[str, int], tuple[float, float]] = {}
-    for name, severity in corrupted.conditions():
-        source, prepare = corrupted.open((name, severity))
-        found = outputs(source, prepare, f"{name} {severity}")
+    kept = kept_moves(subject, probe, corrupted, train)
+    # rank 0 says what is left to do: jobs of an array write at any time, and the ranks must do the same
+    missing = subject.ranks.broadcast([one for one in corrupted.conditions() if not kept.has(one)])
+    jobs = (
+        Job(source, prepare, compute, key, f"{name} {severity}")
+        for (name, severity), (source, prepare) in zip(missing, corrupted.open_each(missing), strict=True)
+    )
+    for condition, found in zip(missing, collect_each(subject, probe, jobs), strict=True):
         lost = top1 - accuracies(head.scores(found["features"][use]), labels)["top1"]
-        moved[name, severity] = float(kld(found["maps"][use], maps).double().mean()), lost
-        subject.report(f"robust_gaze: {name} severity {severity}: kld {moved[name, severity][0]:.4f}, lost {lost:.2f}")
-    protocol = pair_protocol(probe, train, val) | linear_protocol(probe, head)
-    protocol |= corrupted.protocol() | {"map": origin, "clean_top1": top1, "grid": list(maps.shape[1:])}
+        moved = float(kld(found["maps"][use], maps).double().mean())
+        subject.report(f"robust_gaze: {condition[0]} severity {condition[1]}: kld {moved:.4f}, lost {lost:.2f}")
+        kept.put(condition, moved, lost, write=subject.ranks.is_main)
+    protocol = pair_protocol(probe, train, val) | linear_protocol(probe, head) | corrupted.protocol()
+    protocol |= {"map": origin, "clean_top1": top1, "grid": list(maps.shape[1:])}
+    return summary(subject.ranks.broadcast(kept.all()), protocol=protocol)
+
+
+def twins(subject: Subject, probe: ProbeConfig, val: ShardImages) -> CorruptedSets:
+    """The corrupted sets, each image with its clean twin.
+
+    Raises:
+        InputError: a released set.
+    """
+    if probe.corruptions.folder is not None:
+        raise InputError("robust_gaze compares each image with its clean twin: leave out corruptions.folder")
+    return CorruptedSets(subject, probe, val)
+
+
+def kept_moves(subject: Subject, probe: ProbeConfig, corrupted: CorruptedSets, train: ShardImages) -> KeptNumbers:
+    """The conditions that were measured."""
+    key = corrupted.key(subject, probe, train) | {"readout": key_digest(readout_key(subject, probe))}
+    return KeptNumbers(subject.cache, key, kind="gaze", names=NAMES)
+
+
+def summary(moved: Moved, *, protocol: dict[str, Any]) -> Result:
+    """The result of whatever was measured so far.
+
+    Args:
+        moved: condition to `kld` and `lost`.
+        protocol: of data, probe, maps and corrupted sets.
+    """
     missing = sum((name, severity) not in moved for name in COMMON for severity in SEVERITIES)
-    protocol |= {"complete": not missing, "conditions": len(moved)}
+    protocol = protocol | {"complete": not missing, "conditions": len(moved)}
     note = f"PARTIAL, {missing} of 75 missing" if missing else ""
     return Result(_metrics(moved), protocol, tables={"conditions": _table(moved)}, note=note)
 
@@ -71,7 +106,7 @@ def maps_and_features(subject: Subject, readout: Readout) -> Compute:
     return compute
 
 
-def _metrics(moved: dict[tuple[str, int], tuple[float, float]]) -> dict[str, float]:
+def _metrics(moved: Moved) -> dict[str, float]:
     counted = [pair for (name, _), pair in moved.items() if name in COMMON] or list(moved.values())
     pairs = torch.tensor(counted, dtype=torch.float64)
     metrics = {"kld": float(pairs[:, 0].mean()), "lost": float(pairs[:, 1].mean())}
@@ -87,7 +122,7 @@ def _metrics(moved: dict[tuple[str, int], tuple[float, float]]) -> dict[str, flo
     return metrics
 
 
-def _table(moved: dict[tuple[str, int], tuple[float, float]]) -> Table:
+def _table(moved: Moved) -> Table:
     """Conditions in order; a corruption is given by its number among ImageNet-C's."""
     return {
         "corruption": [float(ALL.index(name)) for name, _ in moved],

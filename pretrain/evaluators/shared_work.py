@@ -1,17 +1,17 @@
 """Evaluations shared out among the tasks of an array, which add up in the runs' folders.
 
-A piece of work is an evaluator on a run; of `imagenet_c`, one corruption. What is finished leaves a mark, so that a
-repeated task does only what is missing: `imagenet_c` has a file for each error it measured, of the others there is
-`probe/finished/<evaluator>.json`.
+A piece of work is an evaluator on a run; of `imagenet_c` and `robust_gaze`, one corruption. What is finished leaves a
+mark, so that a repeated task does only what is missing: those two have a file for each condition that they measured, of
+the others there is `probe/finished/<evaluator>.json`.
 """
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,12 +22,12 @@ from engine.program import config_to_dict
 from engine.progress import report
 from engine.ranks import Ranks
 from engine.runs import RunFolder
-from pretrain.evaluators.base import Result, Subject
+from pretrain.evaluators import imagenet_c, robust_gaze
+from pretrain.evaluators.base import Evaluator, Result, Subject
 from pretrain.evaluators.cache import key_digest
-from pretrain.evaluators.corruptions import COMMON, SEVERITIES, choose_corruptions, summarise
-from pretrain.evaluators.errors_kept import KeptErrors
+from pretrain.evaluators.corruptions import COMMON, SEVERITIES, choose_corruptions
 from pretrain.evaluators.imagenet_c import CorruptedSets
-from pretrain.evaluators.imagenet_c import evaluator as imagenet_c
+from pretrain.evaluators.kept import KeptNumbers
 from pretrain.evaluators.offline import output_folder, probe_run, write_result
 from pretrain.evaluators.registry import OWN, pick
 from pretrain.evaluators.sources import labelled_pair
@@ -40,8 +40,49 @@ FREE = ("run", "output", "evaluators", "batch_size", "num_workers", "cache", "ke
 
 
 @dataclass(frozen=True)
+class Split:
+    """An evaluator whose pieces of work are corruptions.
+
+    Attributes:
+        opened: corrupted sets, and what is known of them.
+        merged: result of what is known, from the protocol and metrics of what was written last.
+    """
+
+    evaluator: Evaluator
+    opened: Callable[[Subject, ProbeConfig], tuple[CorruptedSets, KeptNumbers]]
+    merged: Callable[[KeptNumbers, dict[str, Any], dict[str, float], int], Result]
+
+
+def _errors(subject: Subject, probe: ProbeConfig) -> tuple[CorruptedSets, KeptNumbers]:
+    train, val = labelled_pair(probe)
+    sets = CorruptedSets(subject, probe, val)
+    return sets, imagenet_c.kept_errors(subject, probe, sets, train)
+
+
+def _moves(subject: Subject, probe: ProbeConfig) -> tuple[CorruptedSets, KeptNumbers]:
+    train, val = labelled_pair(probe)
+    sets = robust_gaze.twins(subject, probe, val)
+    return sets, robust_gaze.kept_moves(subject, probe, sets, train)
+
+
+def _merged_errors(kept: KeptNumbers, protocol: dict[str, Any], metrics: dict[str, float], num_classes: int) -> Result:
+    clean = 1 - metrics[f"{imagenet_c.evaluator.label}/clean_top1"] / 100
+    return imagenet_c.summary(kept.all(), clean=clean, protocol=protocol, num_classes=num_classes)
+
+
+def _merged_moves(kept: KeptNumbers, protocol: dict[str, Any], metrics: dict[str, float], num_classes: int) -> Result:
+    return robust_gaze.summary(kept.all(), protocol=protocol)
+
+
+SPLIT = {
+    "imagenet_c": Split(imagenet_c.evaluator, _errors, _merged_errors),
+    "robust_gaze": Split(robust_gaze.evaluator, _moves, _merged_moves),
+}
+
+
+@dataclass(frozen=True)
 class Piece:
-    """An evaluator on a run; `corruption` is empty but for `imagenet_c`."""
+    """An evaluator on a run; `corruption` is empty but for those of `SPLIT`."""
 
     run: Path
     evaluator: str
@@ -63,14 +104,14 @@ class SharedRun:
         self.probe = replace(ProbeConfig(**options), run=run)
         self.folder = RunFolder(run)
         self.subject: Subject = open_subject(self.probe, ranks=Ranks(), device=torch.device("cpu"))
+        self._corrupted: dict[str, tuple[CorruptedSets, KeptNumbers]] = {}
 
-    @cached_property
-    def corrupted(self) -> tuple[CorruptedSets, KeptErrors]:
-        """The corrupted sets of `imagenet_c`, and the errors that are known."""
-        train, val = labelled_pair(self.probe)
-        sets = CorruptedSets(self.subject, self.probe, val)
-        cache = self.probe.cache or output_folder(self.probe, self.subject).path / "probe" / "cache"
-        return sets, KeptErrors(cache, sets.key(self.subject, train))
+    def corrupted(self, evaluator: str) -> tuple[CorruptedSets, KeptNumbers]:
+        """The corrupted sets of a split evaluator, and what is known of them."""
+        if evaluator not in self._corrupted:
+            folder = self.probe.cache or output_folder(self.probe, self.subject).path / "probe" / "cache"
+            self._corrupted[evaluator] = SPLIT[evaluator].opened(replace(self.subject, cache=folder), self.probe)
+        return self._corrupted[evaluator]
 
     def finished(self, piece: Piece) -> bool:
         """Whether nothing is left to do of a piece."""
@@ -78,7 +119,7 @@ class SharedRun:
         if protocol.get("encoder") != self.subject.hash:
             return False
         if piece.corruption:
-            sets, kept = self.corrupted
+            sets, kept = self.corrupted(piece.evaluator)
             return all(kept.has(condition) for condition in sets.conditions() if condition[0] == piece.corruption)
         try:
             return json.loads(self._mark(piece.evaluator).read_bytes()) == self._key(piece.evaluator)
@@ -86,35 +127,35 @@ class SharedRun:
             return False
 
     def do(self, pieces: list[Piece]) -> None:
-        """Evaluate; `imagenet_c` trains its probe once for all its corruptions."""
-        names = [piece.corruption for piece in pieces if piece.corruption]
+        """Evaluate; a split evaluator trains its probe once for all its corruptions."""
+        names: dict[str, list[str]] = {}
         for piece in pieces:
-            if not piece.corruption:
-                probe_run(replace(self.probe, evaluators=piece.evaluator))
-                self._mark(piece.evaluator).parent.mkdir(parents=True, exist_ok=True)
-                write_json(self._mark(piece.evaluator), self._key(piece.evaluator))
-        if names:
-            chosen = replace(self.probe.corruptions, names=names)
-            probe_run(replace(self.probe, evaluators=imagenet_c.name, corruptions=chosen))
+            if piece.corruption:
+                names.setdefault(piece.evaluator, []).append(piece.corruption)
+                continue
+            probe_run(replace(self.probe, evaluators=piece.evaluator))
+            self._mark(piece.evaluator).parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._mark(piece.evaluator), self._key(piece.evaluator))
+        for evaluator, chosen in names.items():
+            probe_run(
+                replace(self.probe, evaluators=evaluator, corruptions=replace(self.probe.corruptions, names=chosen))
+            )
 
-    def merge(self) -> None:
-        """Bring the summary up to the errors that any task has kept; the last of several tasks sees them all."""
-        sets, kept = self.corrupted
+    def merge(self, evaluator: str) -> None:
+        """Bring the summary up to what any task has kept; the last of several tasks sees it all."""
+        _, kept = self.corrupted(evaluator)
+        split = SPLIT[evaluator]
         with self._merging():
             summary = self.folder.read_summary()
-            protocol = dict(summary.get("protocols", {}).get(imagenet_c.name, {}))
+            protocol = dict(summary.get("protocols", {}).get(evaluator, {}))
             if protocol.get("encoder") != self.subject.hash:
                 return
-            clean = 1 - summary["metrics"][f"{imagenet_c.label}/clean_top1"] / 100
-            errors = kept.all()
-            metrics, state = summarise(errors, clean=clean, alexnet=sets.layout != "array")
-            whole = [s for s in SEVERITIES if all(s in errors.get(name, {}) for name in COMMON)]
-            means = [100 * (1 - sum(errors[name][s] for name in COMMON) / len(COMMON)) for s in whole]
-            tables = {"by_severity": {"severity": [float(s) for s in whole], "top1": means}} if whole else {}
-            result = Result(metrics, protocol | state, tables=tables)
-            write_result(self.folder, imagenet_c, result, self.subject)
-        missing = sum(len(severities) for severities in state["missing"].values())
-        report(f"{self.folder.path}: imagenet_c {'complete' if not missing else f'PARTIAL, {missing} of 75 missing'}")
+            num_classes = len(labelled_pair(self.probe)[0].classes)
+            result = split.merged(kept, protocol, summary["metrics"], num_classes)
+            write_result(self.folder, split.evaluator, result, self.subject)
+        found = kept.all()
+        missing = sum((name, severity) not in found for name in COMMON for severity in SEVERITIES)
+        report(f"{self.folder.path}: {evaluator} {'complete' if not missing else f'PARTIAL, {missing} of 75 missing'}")
 
     @contextmanager
     def _merging(self) -> Iterator[None]:
@@ -127,7 +168,7 @@ class SharedRun:
 
     def _key(self, evaluator: str) -> dict[str, str]:
         options = {name: value for name, value in config_to_dict(self.probe).items() if name not in FREE}
-        if evaluator in OWN and evaluator != "robust_gaze":
+        if evaluator in OWN:
             del options["corruptions"]
         needs = pick(evaluator)[0].needs
         sets = {need: sha256_of(getattr(self.probe, need) / "manifest.json") for need in needs}
@@ -143,7 +184,7 @@ def pieces_of(config: ProbeArrayConfig) -> list[Piece]:
         Piece(run, evaluator, corruption)
         for run in runs
         for evaluator in chosen
-        for corruption in (names if evaluator == imagenet_c.name else ("",))
+        for corruption in (names if evaluator in SPLIT else ("",))
     ]
 
 
@@ -160,8 +201,8 @@ def run_share(config: ProbeArrayConfig) -> None:
             missing = [piece for piece in pieces if not shared.finished(piece)]
             report(f"{path}: {len(missing)} of this task's {len(pieces)} pieces are to be done")
             shared.do(missing)
-            if any(piece.corruption for piece in pieces):
-                shared.merge()
+            for evaluator in dict.fromkeys(piece.evaluator for piece in pieces if piece.corruption):
+                shared.merge(evaluator)
         except InputError as error:
             report(f"{path} is left out: {error}")
             errors.append(str(error))

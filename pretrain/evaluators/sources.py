@@ -1,6 +1,8 @@
 """Where an evaluator's images come from: shards, folders of JPEGs, or arrays, each numbered from 0."""
 
 import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +37,10 @@ class ImageSource(Protocol):
         """
         ...
 
+    def part(self, numbers: list[int]) -> "ImageSource":
+        """What reads these images under the same numbers; sent to a loader process with every batch, so small."""
+        ...
+
 
 class ShardImages:
     """A shard set in the order of its shards.
@@ -65,6 +71,10 @@ class ShardImages:
         """See `ImageSource`."""
         sample = self.shards.read(*self.place(number))
         return decode_rgb(sample.image), sample.label
+
+    def part(self, numbers: list[int]) -> "ShardImages":
+        """See `ImageSource`."""
+        return self
 
 
 class FolderImages:
@@ -102,10 +112,34 @@ class FolderImages:
 
     def read(self, number: int) -> tuple[np.ndarray, int]:
         """See `ImageSource`."""
-        try:
-            return decode_rgb((self.root / self.files[number]).read_bytes()), self.labels[number]
-        except OSError as error:
-            raise ValueError(str(error)) from error
+        return _read_file(self.root / self.files[number]), self.labels[number]
+
+    def part(self, numbers: list[int]) -> "FilePart":
+        """See `ImageSource`."""
+        files = {number: (self.root / self.files[number], self.labels[number]) for number in numbers}
+        return FilePart(files, self.name, self.digest, self.classes)
+
+
+@dataclass
+class FilePart:
+    """Some of a folder's images: number to file and class."""
+
+    files: dict[int, tuple[Path, int]]
+    name: str
+    digest: str
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, number: int) -> tuple[np.ndarray, int]:
+        """See `ImageSource`."""
+        path, label = self.files[number]
+        return _read_file(path), label
+
+    def part(self, numbers: list[int]) -> "FilePart":
+        """See `ImageSource`."""
+        return replace(self, files={number: self.files[number] for number in numbers})
 
 
 class ArrayImages:
@@ -141,6 +175,41 @@ class ArrayImages:
         """See `ImageSource`."""
         return np.array(self.images[self.start + number]), int(self.labels[number])
 
+    def part(self, numbers: list[int]) -> "ArrayPart":
+        """See `ImageSource`."""
+        rows = {number: (self.start + number, int(self.labels[number])) for number in numbers}
+        return ArrayPart(self.file, rows, self.name, self.digest, self.classes)
+
+
+@dataclass
+class ArrayPart:
+    """Some of an array's images: number to row and class."""
+
+    file: Path
+    rows: dict[int, tuple[int, int]]
+    name: str
+    digest: str
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def images(self) -> np.ndarray:
+        """The array, mapped when it is first read: the rows alone are sent."""
+        return load_array(self.file)
+
+    def read(self, number: int) -> tuple[np.ndarray, int]:
+        """See `ImageSource`."""
+        row, label = self.rows[number]
+        return np.array(self.images[row]), label
+
+    def part(self, numbers: list[int]) -> "ArrayPart":
+        """See `ImageSource`."""
+        return ArrayPart(
+            self.file, {number: self.rows[number] for number in numbers}, self.name, self.digest, self.classes
+        )
+
 
 def load_array(file: Path) -> np.ndarray:
     """A `.npy` file, mapped into memory; never unpickled.
@@ -152,6 +221,13 @@ def load_array(file: Path) -> np.ndarray:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{file}: cannot be read as an array ({error}): copy the set again") from error
+
+
+def _read_file(path: Path) -> np.ndarray:
+    try:
+        return decode_rgb(path.read_bytes())
+    except OSError as error:
+        raise ValueError(str(error)) from error
 
 
 def train_images(probe: ProbeConfig) -> ShardImages:

@@ -60,6 +60,7 @@ def test_page_text_and_json_say_the_same(runs: Path) -> None:
     assert overview["contrastive"]["runs"][0] == "2" and overview["co-train"]["runs"][0] == "1"
     assert overview["contrastive+attention"]["kNN top-1 %"][0] == "58.00 ± 1.41"
     assert overview["contrastive"]["mCE"][0] == f"{metrics['contrastive/imagenet_c/mce']:.1f} ± 0.0"
+    assert "One run a row" not in text and "Mean ± deviation" in text
     assert overview["random init"]["linear top-1 %"][0] == "20.00"
     assert overview["teacher"]["NSS"][0] == "2.000" and overview["centre bias"]["NSS"][0] == "0.800"
     aligned = found.rows(heading="NSS")
@@ -87,6 +88,10 @@ def test_published_values_stand_beside_in_grey_and_are_nowhere_among_ours(runs: 
         ({"arm": "supervised+attention"}, "76.02 ± 0.04"),
         ({"arm": "contrastive+attention", "data": {"control": "shuffled"}}, None),
         ({"arm": "contrastive+attention", "attention": {"kld": 1.0, "nss": 0.0}}, None),
+        ({"arm": "contrastive", "model": {"backbone": "resnet18"}}, None),
+        ({"arm": "supervised", "model": {"backbone": "vit_small_patch16_224"}}, None),
+        ({"arm": "supervised", "data": {"image_size": 64}}, None),
+        ({"arm": "supervised", "imagenet": False}, None),
     ],
 )
 def test_only_the_papers_own_arms_have_a_published_value(tmp_path: Path, config: Any, value: str | None) -> None:
@@ -94,6 +99,21 @@ def test_only_the_papers_own_arms_have_a_published_value(tmp_path: Path, config:
 
     (group,) = open_groups([RunFolder(write_student(tmp_path, "one", **config))])
     assert published(group) == value
+
+
+def test_on_other_images_nothing_published_and_no_mce_is_shown(tmp_path: Path) -> None:
+    write_student(tmp_path, "one", imagenet=False)
+    compare(ReportConfig("r", tmp_path, ["one"], None, None))
+    for file in ("index.html", "summary.md"):
+        text = (tmp_path / "r" / "report" / file).read_text()
+        assert text.count("No published values") == 1 and text.count("No mCE and no published values") == 1
+        assert not any(
+            word in text for word in ("67.61", "76.7", "28.23", "Published", "relative mCE", "AlexNet's error ")
+        )
+    page = Tables((tmp_path / "r" / "report" / "index.html").read_text())
+    shown = {"runs", "linear top-1 %", "kNN top-1 %", "corrupted top-1 %", "NSS", "KLD", "CC"}
+    assert page.rows(heading="linear top-1 %")["contrastive"].keys() == shown
+    assert page.rows(heading="mean of 15 %")["contrastive"]["mean of 15 %"][0]
 
 
 def test_a_partial_result_is_marked_and_has_no_mce(runs: Path) -> None:
@@ -125,6 +145,10 @@ def test_runs_of_one_recipe_are_one_row_and_others_are_not(tmp_path: Path) -> No
     foreign.mkdir()
     (foreign / "summary.json").write_text(json.dumps({"run": "probe-other", "step": 0, "metrics": {"knn/top1": 3.0}}))
     assert [g.label for g in open_groups([*folders, RunFolder(foreign)])] == ["x", "y", "probe-other"]
+    untrained = RunFolder(write_student(tmp_path, "random-init"))
+    untrained.summary_file.write_text(json.dumps(untrained.read_summary() | {"step": 0}))
+    found = [(g.label, g.arm) for g in open_groups([folders[0], untrained])]
+    assert found == [("contrastive", "contrastive"), ("random-init", "")]
 
 
 def test_what_the_runs_differ_in_is_told(runs: Path) -> None:
@@ -136,12 +160,12 @@ def test_what_the_runs_differ_in_is_told(runs: Path) -> None:
     protocols = next(t for t in tables.tables if t[0][0][0] == "run")
     row = next(row for row in protocols if row[0][0] == "part" and row[1][0] == "knn")
     assert [cell for cell, _ in row[2:]] == [
-        "val: 500 (efefefef)",
+        "train: 1281166 (efefefef), val: 50000 (efefefef)",
         "seed 0, k 200, temperature 0.1",
         "0" * 12,
         "0123456789ab",
     ]
-    assert "| part | knn | val: 500 (efefefef) |" in text
+    assert "| part | knn | train: 1281166 (efefefef), val: 50000 (efefefef) |" in text
 
 
 def test_runs_measured_on_different_sets_are_not_compared_in_silence(tmp_path: Path) -> None:

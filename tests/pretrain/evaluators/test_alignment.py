@@ -20,6 +20,7 @@ from pretrain.evaluators.linear_probe import LinearHead
 from pretrain.evaluators.offline import probe_run
 from pretrain.probe_config import GazeConfig, ProbeConfig
 from shards.gaze import centre_bias_scores, score_densities
+from tests.attention.reference import as_fixations, import_pysaliency, stored_model
 
 Open = Callable[..., tuple[Subject, ProbeConfig]]
 
@@ -41,6 +42,54 @@ def test_rows_agree_with_the_rooms_that_define_them(open_tiny: Open) -> None:
     assert result.metrics["centre_bias/information_gain"] == pytest.approx(0, abs=1e-6)
     assert result.metrics["uniform/nss"] == 0
     assert len(result.tables["by_image"]["nss"]) == len(targets) == result.metrics["num_images"]
+
+
+def test_the_numbers_are_pysaliencys(open_tiny: Open) -> None:
+    """Of the maps and fixations alone: NSS, AUC-Judd, CC, KLD, SIM and information gain over the centre bias."""
+    try:
+        pysaliency = import_pysaliency()
+    except ImportError as error:
+        pytest.skip(f"pysaliency is not installed: {error}")
+    subject, probe = open_tiny(gaze_options=GazeConfig(stride=2, rows=[]))
+    result = alignment(subject, probe)
+    _, targets = gaze_set(probe)
+    grid = targets[0].grid(2)
+    assert all(target.size == targets[0].size for target in targets) and len(targets) > 2
+    maps = [on_grid(result.maps[target.key], grid) for target in targets]
+    human = np.stack([target.density(grid).astype(np.float64) for target in targets])
+    centre = (human.sum(0) - human) / (len(human) - 1)
+    height, width = targets[0].size
+    inside = [t.points[((t.points >= 0) & (t.points < (width, height))).all(1)] for t in targets]
+    fixations = as_fixations(pysaliency, [points * (grid[1] / width, grid[0] / height) for points in inside])
+    stimuli = pysaliency.Stimuli([np.full((*grid, 3), number, dtype=np.uint8) for number in range(len(maps))])
+    model = stored_model(pysaliency, stimuli, maps)
+    densities, base = (
+        pysaliency.models.SaliencyMapNormalizingModel(stored_model(pysaliency, stimuli, each), minimum_value=0)
+        for each in (maps, list(centre))
+    )
+
+    def mean(values: np.ndarray) -> float:
+        return float(np.mean([values[fixations.n == number].mean() for number in range(len(maps))]))
+
+    expected = {
+        "nss": mean(model.NSSs(stimuli, fixations)),
+        "information_gain": mean(densities.information_gains(stimuli, fixations, baseline_model=base)),
+        "auc_judd": np.mean(model.AUC_per_image(stimuli, fixations, nonfixations="unfixated", thresholds="fixations")),
+    }
+    for name, reference in (("kld", "MIT_KLDiv"), ("cc", "CC"), ("sim", "SIM")):
+        function = getattr(pysaliency.metrics, reference)
+        expected[name] = np.mean([function(p.copy(), q.copy()) for p, q in zip(maps, human, strict=True)])
+    for name, value in expected.items():
+        assert result.metrics[name] == pytest.approx(float(value), abs=2e-5), name
+
+
+def on_grid(density: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """A coarse map on a finer grid, bilinear with half-pixel centres, as float64."""
+    fine = torch.nn.functional.interpolate(
+        torch.from_numpy(density)[None, None].double(), size=grid, mode="bilinear", align_corners=False
+    )[0, 0]
+    assert density.shape[0] <= grid[0] and density.shape[1] <= grid[1]
+    return fine.numpy()
 
 
 def test_humans_scored_as_a_model_equal_the_human_map(open_tiny: Open) -> None:

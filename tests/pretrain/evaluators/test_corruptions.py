@@ -12,6 +12,7 @@ import torch
 from torchvision.models import AlexNet_Weights
 
 from engine.errors import InputError
+from pretrain.evaluators import reading
 from pretrain.evaluators.base import Subject
 from pretrain.evaluators.corruptions import (
     ALEXNET,
@@ -24,9 +25,10 @@ from pretrain.evaluators.corruptions import (
     relative_mean_corruption_error,
     summarise,
 )
-from pretrain.evaluators.features import Prepared, pooled_features
+from pretrain.evaluators.features import pooled_features
 from pretrain.evaluators.imagenet_c import imagenet_c
 from pretrain.evaluators.prepare import CentreCrop, Corrupted, ReleasedCrop, fit_square
+from pretrain.evaluators.reading import read_images
 from pretrain.evaluators.robust_gaze import robust_gaze
 from pretrain.evaluators.sources import val_images
 from pretrain.probe_config import CorruptionConfig, ProbeConfig
@@ -121,8 +123,8 @@ def test_workers_and_subsets_do_not_change_a_corruption(open_tiny: Open) -> None
     subject, probe = open_tiny(num_workers=2)
     prepare = Corrupted(CentreCrop(32, 0.875), "snow", 3, seed=0)
     source = val_images(probe)
-    together, _ = Prepared(source, prepare, size=32)[0, 40]
-    alone, _ = Prepared(source, prepare, size=32)[17, 18]
+    together, _ = read_images(source, prepare, list(range(40)), size=32)
+    alone, _ = read_images(source, prepare, [17], size=32)
     assert torch.equal(together[17], alone[0]) and not torch.equal(together[17], together[18])
     in_workers, _ = pooled_features(dataclasses.replace(subject, cache=None), probe, source, prepare=prepare)
     here = dataclasses.replace(probe, num_workers=0)
@@ -165,7 +167,7 @@ def test_cifar_c_arrays(open_tiny: Open, tmp_path: Path) -> None:
     subject, probe = open_tiny()
     source, folder = val_images(probe), tmp_path / "cifar-c"
     folder.mkdir()
-    clean, labels = Prepared(source, CentreCrop(32, 0.875), size=32)[0, 40]
+    clean, labels = read_images(source, CentreCrop(32, 0.875), list(range(40)), size=32)
     blocks = [clean.numpy() // severity for severity in SEVERITIES]
     for name in COMMON:
         np.save(folder / f"{name}.npy", np.concatenate(blocks))
@@ -239,7 +241,7 @@ def test_corrupted_images_are_kept_on_request_for_the_next_encoder(
     subject, probe = open_tiny(corruptions=CorruptionConfig(cache_images=True))
     prepare = Corrupted(CentreCrop(32, 0.875), "fog", 2, seed=0)
     expected, _ = pooled_features(subject, probe, val_images(probe), prepare=prepare)
-    monkeypatch.setattr(Prepared, "__getitems__", None)  # nothing may be read again
+    monkeypatch.setattr(reading, "read_images", None)  # nothing may be read again
     other = dataclasses.replace(subject, hash="another encoder's")
     found, _ = pooled_features(other, probe, val_images(probe), prepare=prepare)
     assert torch.equal(found, expected)

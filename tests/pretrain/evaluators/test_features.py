@@ -14,9 +14,11 @@ import torch.distributed as dist
 from engine.ranks import Ranks
 from pretrain.evaluators import features as features_module
 from pretrain.evaluators.base import Subject
-from pretrain.evaluators.features import Job, Outputs, Prepared, collect, pooled, pooled_features
+from pretrain.evaluators.cache import Outputs
+from pretrain.evaluators.features import collect, pooled, pooled_features
 from pretrain.evaluators.offline import probe_run
 from pretrain.evaluators.prepare import CentreCrop
+from pretrain.evaluators.reading import Job, read_images
 from pretrain.evaluators.registry import pick
 from pretrain.evaluators.sources import ShardImages, train_images
 from pretrain.evaluators.subjects import open_subject
@@ -155,7 +157,7 @@ def test_an_unreadable_image_is_left_out_and_counted(open_tiny: Open, monkeypatc
 
 def test_workers_read_what_the_process_itself_reads(open_tiny: Open) -> None:
     subject, probe = open_tiny(num_workers=2, keep_cache=False)
-    images = Prepared(train_images(probe), CentreCrop(32, 0.875), size=32)[0, 72][0]
+    images, _ = read_images(train_images(probe), CentreCrop(32, 0.875), list(range(72)), size=32)
     found: list[Any] = []
     subject = dataclasses.replace(subject, cache=None)
     job = Job(

@@ -1,6 +1,8 @@
 """The plug: another package's evaluator, offline and inside training, which never notices the evaluators."""
 
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +17,9 @@ from pretrain.config import Config
 from pretrain.evaluators.offline import check_probe, probe_run
 from pretrain.evaluators.online import online_hooks, online_probe
 from pretrain.evaluators.registry import OWN, known_names, pick
-from pretrain.probe_config import OnlineConfig, ProbeConfig
+from pretrain.probe_config import KnnConfig, OnlineConfig, ProbeConfig
 from tests.conftest import TinySample
-from tests.tools import REPOSITORY, run_python
+from tests.tools import REPOSITORY, accelerate, run_python
 
 MAIN = REPOSITORY / "pretrain" / "main.py"
 
@@ -36,15 +38,42 @@ evaluator = Evaluator("brightness", needs=("val",), run=brightness)
 '''
 
 
+SETUP = """
+[metadata]
+name = bright
+version = 1.0
+[options]
+py_modules = bright_features
+[options.entry_points]
+saccade.evaluators =
+    brightness = bright_features:evaluator
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, installed by pip from its folder, without network."""
+    pytest.importorskip("setuptools")
+    folder, site = tmp_path_factory.mktemp("bright"), tmp_path_factory.mktemp("site")
+    (folder / "bright_features.py").write_text(PACKAGE)
+    (folder / "setup.cfg").write_text(SETUP)
+    (folder / "pyproject.toml").write_text(
+        "[build-system]\nrequires = ['setuptools']\nbuild-backend = 'setuptools.build_meta'\n"
+    )
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    command += ["--disable-pip-version-check", "--target", str(site), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if "No module named pip" in done.stderr:
+        pytest.skip("this environment has no pip")
+    assert done.returncode == 0, done.stderr
+    return site
+
+
 @pytest.fixture
-def third_party(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The package as pip leaves it in a folder, on the path of this process and of those it starts."""
+def third_party(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the installed package on the path of this process and of those it starts."""
     site = tmp_path / "site"
-    info = site / "bright-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / "bright_features.py").write_text(PACKAGE)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bright\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[saccade.evaluators]\nbrightness = bright_features:evaluator\n")
+    shutil.copytree(installed, site)
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.delitem(sys.modules, "bright_features", raising=False)
     monkeypatch.setenv("PYTHONPATH", f"{site}:{REPOSITORY}")
@@ -127,6 +156,32 @@ def test_training_is_bit_equal_with_and_without_evaluators(
     last = next(line for line in reversed(online) if "online/brightness/mean" in line)
     metrics = json.loads((runs / "watched" / "summary.json").read_text())["metrics"]
     assert metrics["brightness/mean"] == pytest.approx(last["online/brightness/mean"], rel=1e-5)
+
+
+def test_on_ranks_that_hold_parts_of_the_weights_the_encoder_is_the_one_that_is_written(
+    student_config: Callable[..., Path], tiny_sample: TinySample, tmp_path: Path
+) -> None:
+    """ZeRO 3 on two ranks: what is seen after the last step is what the encoder file gives afterwards."""
+    config = student_config(
+        run="parts",
+        max_steps=2,
+        online__evaluators="knn,alignment",
+        online__every_steps=2,
+        online__val=str(tiny_sample.val),
+        online__gaze=str(tiny_sample.gaze),
+        online__options={"knn.k": 5},
+    )
+    done = accelerate("cpu2_zero3", MAIN, "--config", config)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "parts"
+    online = next(line for line in lines_of(run) if "online/knn/top1" in line) | next(
+        line for line in lines_of(run) if "online/attention/nss" in line
+    )
+    sets = {"train": tiny_sample.train, "val": tiny_sample.val, "gaze": tiny_sample.gaze}
+    probe_run(ProbeConfig(run=run, evaluators="knn,alignment", knn=KnnConfig(k=5), num_workers=0, **sets))
+    metrics = json.loads((run / "summary.json").read_text())["metrics"]
+    for name in ("knn/top1", "attention/nss", "attention/kld"):
+        assert metrics[name] == pytest.approx(online[f"online/{name}"], rel=1e-5), name
 
 
 @pytest.mark.parametrize(

@@ -133,11 +133,11 @@ def test_linear_probe_with_augmented_views_and_a_floor(open_tiny: Open) -> None:
     subject, probe = open_tiny(linear=LinearConfig(epochs=4, rates=[0.1], views=2, random_init=True))
     result = linear_probe(subject, probe)
     assert result.protocol["views"] == 2 and {"top1", "random_init_top1"} <= result.metrics.keys()
-    assert subject.cache is not None and len(list(subject.cache.iterdir())) == 2 * (1 + 2 + 1)
+    assert subject.cache is not None and len(list(subject.cache.iterdir())) == 2 * (1 + 2 + 1 + 1)
     spare = dataclasses.replace(probe, linear=dataclasses.replace(probe.linear, cache_views=False))
     elsewhere = dataclasses.replace(subject, cache=subject.cache / "elsewhere")
     assert linear_probe(elsewhere, spare).metrics == result.metrics
-    assert len(list((subject.cache / "elsewhere").iterdir())) == 2 * (1 + 1)
+    assert len(list((subject.cache / "elsewhere").iterdir())) == 2 * (1 + 1 + 1)
 
 
 def test_a_share_is_stratified_nested_and_seeded() -> None:
