@@ -48,7 +48,7 @@ def score_by_num_tokens(
     Returns:
         k to score.
     """
-    lengths = (examples.inputs(rows)["tokens"] != PADDING).sum(1).numpy()
+    lengths = (examples.inputs(rows)["tokens"] != PADDING).sum(1).cpu().numpy()
     short = rows[lengths <= LONGEST_TEXT]
     found: dict[int, float] = {}
     for count in kept if len(short) else []:
@@ -72,8 +72,10 @@ def _scores(
 ) -> list[Tensor]:
     """Scores of every example's masks, in their order."""
     parts: dict[int, list[Tensor]] = {}
-    targets = examples.targets[torch.from_numpy(rows)]
-    for numbers, _, scores, _ in probe(model, examples.inputs(rows), targets, modality=modality, masks=masks):
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in examples.inputs(rows).items()}
+    targets = examples.targets[torch.from_numpy(rows)].to(device)
+    for numbers, _, scores, _ in probe(model, inputs, targets, modality=modality, masks=masks):
         for number in numbers.unique().tolist():
             parts.setdefault(number, []).append(scores[numbers == number])
     return [torch.cat(parts[number]) for number in sorted(parts)]

@@ -12,12 +12,14 @@ from jsonargparse.typing import (
     PositiveInt,
 )
 
+from downstream.branch.config import BranchConfig
+from downstream.captioning.config import CaptionConfig
 from engine.program import REPOSITORY
 from engine.settings import LoopConfig, OptimConfig, Precision
 
 DEFAULT_CONFIG = REPOSITORY / "configs" / "downstream" / "trec6.yaml"
 
-TaskName = Literal["trec6", "cifar10", "easy_vqa", "vqa"]
+TaskName = Literal["trec6", "cifar10", "easy_vqa", "vqa", "abn", "caption"]
 Balance = Literal["fixed", "balanced"]
 
 
@@ -130,12 +132,18 @@ class SupervisionConfig:
     """fixed: gamma as it is; balanced: scaled once, so that both losses have `gamma`'s ratio after the first epoch."""
     beta: NonNegativeFloat = 1.0
     """The same for the second modality, where two are supervised (text, in VQA)."""
+    max_weight: PositiveFloat = 1e4
+    """Largest weight that the balance may give. A first-epoch attention loss near 0 would ask for any; 10,000 is what
+    the public code of Patro et al. has for every task."""
     modalities: list[str] = field(default_factory=list)
     """Modalities to mine and supervise; empty takes all that the task has."""
     only_better: bool = True
     """Supervise only the examples whose best mask is not the unmasked input."""
-    probes: PositiveInt = 1024
-    """Masked copies at once when surrogates are mined; on a CPU, few enough to stay in its cache."""
+    margin: ClosedUnitInterval = 0.0
+    """With only_better, the true-class score by which the best mask must beat the unmasked input."""
+    probes: NonNegativeInt = 0
+    """Masked copies at once when surrogates are mined; 0 takes as many as a budget holds: on a CPU what stays in its
+    cache, on a GPU what fills it (see downstream/miner.py)."""
 
 
 @dataclass
@@ -144,6 +152,8 @@ class DownstreamConfig:
 
     run: str = "trec6"
     """Name of the table; its runs are named <run>-<arm>-seed<seed>."""
+    first: str = ""
+    """Name of the table whose first steps and surrogates are taken (and made, where they are missing); empty: run."""
     runs: Path = Path("runs")
     """Folder of all runs."""
     task: TaskName = "trec6"
@@ -159,7 +169,9 @@ class DownstreamConfig:
     epochs: PositiveFloat = 10.0
     """Epochs of the first step, before mining."""
     retrain_epochs: PositiveFloat = 10.0
-    """Epochs of the second step; every arm goes on from the first step's weights, the baseline without supervision."""
+    """Epochs of the second step, the same for every arm; the baseline is not supervised."""
+    restart: bool = False
+    """Begin the second step from random weights, the baseline too, instead of the first step's best."""
     precision: Precision = "no"
     """Mixed precision."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -170,6 +182,10 @@ class DownstreamConfig:
     """Image model."""
     vqa: VqaConfig = field(default_factory=VqaConfig)
     """Visual question answering."""
+    branch: BranchConfig = field(default_factory=BranchConfig)
+    """Fine-grained recognition (task abn)."""
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
+    """Captioning."""
     supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     """Attention supervision."""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from downstream.protocol import Examples, Inputs
+from downstream.protocol import Examples, Inputs, Task
 from engine.loading import make_loader
 from engine.settings import LoopConfig
 from shards.order import SampleOrder, StepBatches
@@ -21,7 +21,7 @@ class Batch:
     Attributes:
         targets: as in `Examples`.
         maps: modality to surrogate densities `(batch, *positions)`.
-        use: modality to bool `(batch,)`: whether the example is supervised.
+        use: modality to bool `(batch,)`: whether the example is supervised; stays on the host.
         bad: reasons for what could not be read.
     """
 
@@ -32,13 +32,13 @@ class Batch:
     bad: list[str] = field(default_factory=list)
 
     def on(self, device: torch.device) -> "Batch":
-        """The batch on `device`."""
+        """The batch on `device`, but for `use`, which decides what the host asks for."""
 
         def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
         targets = self.targets.to(device, non_blocking=True)
-        return Batch(moved(self.inputs), targets, moved(self.maps), moved(self.use), self.bad)
+        return Batch(moved(self.inputs), targets, moved(self.maps), self.use, self.bad)
 
 
 class ExampleDataset(Dataset[Batch]):
@@ -88,6 +88,19 @@ def training_batches(
         stop_step=stop_step,
     )
     return iter(make_loader(dataset, steps, num_workers=loop.num_workers))
+
+
+def place(task: Task, device: torch.device, *, loop: LoopConfig) -> None:
+    """Put the examples of `task` on a GPU where they can be (`to`), so that no step waits for a copy from the host.
+
+    Loader processes cannot read from there, so with `loop.num_workers` all stays on the host.
+    """
+    if device.type != "cuda" or loop.num_workers:
+        return
+    for name in ("train", "held_out", "test"):
+        examples = getattr(task, name)
+        if hasattr(examples, "to"):
+            setattr(task, name, examples.to(device))
 
 
 def rows_of_rank(count: int, *, rank: int, world_size: int, size: int) -> list[np.ndarray]:

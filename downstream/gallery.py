@@ -14,6 +14,7 @@ from downstream.protocol import AttentionModel, Examples, Task
 from downstream.stage import FIRST_STEP, best_weights, stage_folder
 from downstream.surrogates import SurrogateStore
 from engine.page import Page, curves_svg, overlay
+from engine.runs import RunFolder
 
 NUM_SHOWN = 8
 NUM_ANALYSED = 64
@@ -51,10 +52,7 @@ def add_gallery(page: Page, config: DownstreamConfig, task: Task, *, seed: int, 
 
 def _add_analysis(page: Page, config: DownstreamConfig, task: Task, *, seed: int) -> None:
     """True-class score against the number of masks and of tokens kept, on training examples, of the first step."""
-    model = task.build_model()
-    assert isinstance(model, AttentionModel)
-    model.load_state_dict(best_weights(stage_folder(config, arm=FIRST_STEP, seed=seed)))
-    model.eval()
+    model = _model(task, stage_folder(config, arm=FIRST_STEP, seed=seed), examples=task.train)
     rows = np.linspace(0, len(task.train) - 1, min(NUM_ANALYSED, len(task.train))).astype(int)
     for modality in task.modalities:
         curve = score_by_num_masks(model, task.train, rows, modality=modality, masks=partial(task.masks, modality))
@@ -73,15 +71,23 @@ def _curve(points: dict[int, float], label: str) -> bytes:
 
 
 @torch.inference_mode()
-def _maps(task: Task, run: Any, examples: Examples, rows: np.ndarray) -> dict[str, Tensor]:
+def _maps(task: Task, run: RunFolder, examples: Examples, rows: np.ndarray) -> dict[str, Tensor]:
+    model = _model(task, run, examples=examples)
+    device = next(model.parameters()).device
+    found = model({name: value.to(device) for name, value in examples.inputs(rows).items()}).maps
+    return {name: maps.cpu() for name, maps in found.items()}
+
+
+def _model(task: Task, run: RunFolder, *, examples: Examples) -> AttentionModel:
+    """A stage's model, where the examples are."""
     model = task.build_model()
     assert isinstance(model, AttentionModel)
     model.load_state_dict(best_weights(run))
-    return model.eval()(examples.inputs(rows)).maps
+    return model.to(getattr(examples, "device", "cpu")).eval()
 
 
 def _image_row(examples: Any, i: int, maps: dict[str, dict[str, Tensor]]) -> list[tuple[np.ndarray, str]]:
-    image = cv2.resize(examples.images[i].numpy(), (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_CUBIC)
+    image = cv2.resize(examples.images[i].cpu().numpy(), (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_CUBIC)
     key = examples.keys[i]
     row = [(image, f"image {key}")]
     return row + [(overlay(image, found["image"][i].numpy()), f"{arm} on {key}") for arm, found in maps.items()]

@@ -17,14 +17,12 @@ from torch.nn import functional
 from attention.maps import is_constant, to_density
 from attention.ranks import spearman
 from attention.transport import emd
-from downstream.config import DownstreamConfig
 from downstream.hat_config import HatConfig
 from downstream.protocol import AttentionModel, Examples
-from downstream.stage import best_weights
+from downstream.stage import best_weights, read_stage_config
 from downstream.tasks.registry import open_task
 from engine.errors import InputError
 from engine.launch import build_accelerator
-from engine.program import config_from_dict
 from engine.progress import report
 from engine.runs import RunFolder
 from shards.decode import MAX_MAP_SIDE, image_size
@@ -203,12 +201,3 @@ def _attention(
 
 def _question(key: str) -> str:
     return key.rsplit("/", 1)[-1]
-
-
-def read_stage_config(run: RunFolder) -> DownstreamConfig:
-    """The config of a finished stage of a fine-tune.
-
-    Raises:
-        InputError: no run there, or one of another program.
-    """
-    return config_from_dict(DownstreamConfig, run.read_config(), source=run.config_file, what="fine-tune's config")

@@ -37,10 +37,9 @@ def pair_masks(length: int, *, size: int) -> Tensor:
     Returns:
         float32 `(1 + length * (length - 1) / 2, size)` of zeros and ones.
     """
-    pairs = list(combinations(range(length), 2))
+    pairs = torch.combinations(torch.arange(length), 2)
     masks = torch.ones(1 + len(pairs), size)
-    for row, pair in enumerate(pairs, start=1):
-        masks[row, list(pair)] = 0
+    masks[1:].scatter_(1, pairs, 0)
     return masks
 
 

@@ -92,22 +92,22 @@ class SupervisedObjective:
         backward(loss)
         if self.arm == ADVERSARIAL:  # after the backward, which needs the discriminators as they were
             for name in supervised:
-                chosen = batch.use[name]
-                self._adversary(name).learn(batch.maps[name][chosen], found.maps[name][chosen])
+                rows = _rows(batch.use[name], self.device)
+                self._adversary(name).learn(batch.maps[name][rows], found.maps[name][rows])
         return {"loss": loss, **scalars}
 
     def _attention(self, found: Attended, batch: Batch, name: str) -> Tensor:
         """One modality's loss summed over the supervised examples, divided by the batch."""
-        chosen = batch.use[name]
-        pred, target = found.maps[name].float()[chosen], batch.maps[name][chosen]
-        if not len(pred):
+        rows = _rows(batch.use[name], self.device)
+        if not len(rows):
             return found.logits.sum() * 0
+        pred, target = found.maps[name].float()[rows], batch.maps[name][rows]
         if self.arm == ADVERSARIAL:
             losses = self._adversary(name).loss(pred)
         else:
-            mask = found.masks[name][chosen] if name in found.masks else None
-            losses = supervise(self.arm, pred, target, mask=mask)
-        return losses.sum() / len(chosen)
+            mask = found.masks[name][rows] if name in found.masks else None
+            losses = supervise(self.arm, pred, target, mask=mask, checked=True)  # when the surrogates were loaded
+        return losses.sum() / len(batch.use[name])
 
     def _adversary(self, name: str) -> Adversary:
         adversary = self.learner.adversaries[name]
@@ -120,15 +120,23 @@ class SupervisedObjective:
             return asked
         balance = self.state.setdefault(f"balance_{name}", {"attention": 0.0, "classification": 0.0, "weight": None})
         if step < self.balance_steps:
-            balance["attention"] += abs(float(attention.detach()))
-            balance["classification"] += float(classification.detach())
+            values = torch.stack([attention.detach().abs(), classification.detach()]).tolist()
+            balance["attention"] += values[0]
+            balance["classification"] += values[1]
             return 0.0
         if balance["weight"] is None:
             means = self.ranks.mean({key: balance[key] for key in ("attention", "classification")})
             if means["attention"] <= 1e-12 * max(self.balance_steps, 1):
                 raise InputError(
-                    f"the attention loss of '{name}' was 0 over the first epoch, so no weight balances it: the "
-                    f"surrogates equal the model's own maps; set supervision.balance fixed"
+                    f"the attention loss of '{name}' was 0 over the first epoch, so no weight balances it: no example "
+                    f"is supervised (supervision.only_better, supervision.margin), or the surrogates equal the model's "
+                    f"own maps; set supervision.balance fixed"
                 )
-            balance["weight"] = asked * means["classification"] / means["attention"]
+            weight = asked * means["classification"] / means["attention"]
+            balance["weight"] = min(weight, self.config.max_weight)
         return float(balance["weight"])
+
+
+def _rows(use: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the supervised rows, on `device`; found on the host, where `use` is, so that no GPU is waited for."""
+    return use.nonzero().flatten().to(device, non_blocking=True)

@@ -1,15 +1,17 @@
 """The two steps of Patro et al. (WACV 2021): train, mine surrogates, go on with and without them; seeds and arms."""
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from attention.supervision import SUPERVISION
-from downstream.config import DownstreamConfig
+from downstream.config import DownstreamConfig, SupervisionConfig
+from downstream.data import place
 from downstream.miner import Surrogates, mine
 from downstream.objective import ADVERSARIAL
-from downstream.protocol import AttentionModel, Task
+from downstream.protocol import AttentionModel, Examples, Task
 from downstream.stage import FIRST_STEP, Stage, best_weights, stage_folder, train_stage
 from downstream.surrogates import PART, SurrogateStore, num_parts
 from downstream.table import write_table
@@ -18,9 +20,10 @@ from engine.errors import InputError
 from engine.launch import build_accelerator
 from engine.progress import ProgressBar
 from engine.ranks import Ranks
-from engine.runs import check_run_name
+from engine.runs import RunFolder, check_run_name
 
-MINING_BATCH = 64
+# examples whose feature maps are kept at once, to draw masked copies from
+MINING_BATCH = {"cpu": 64, "cuda": 256}
 
 
 def arms_of(config: DownstreamConfig) -> list[str]:
@@ -60,27 +63,71 @@ def run_pipeline(config: DownstreamConfig) -> dict[tuple[str, int], dict[str, fl
     """
     check_run_name(config.run)
     arms = arms_of(config)
-    accelerator = build_accelerator(precision=config.precision, seed=config.seed)
-    ranks = Ranks()
-    task = open_task(config)
-    modalities = modalities_of(config, task)
+    pipeline = Pipeline.open(config)
     results: dict[tuple[str, int], dict[str, float]] = {}
     for seed in range(config.seed, config.seed + config.seeds):
-        first = train_stage(task, config, Stage(FIRST_STEP, seed, config.epochs), ranks=ranks)
-        results[FIRST_STEP, seed] = first.read_summary()["metrics"]
-        found: dict[str, Surrogates] = {}
-        if arms != ["baseline"]:
-            found = {
-                m: mine_all(task, config, m, seed=seed, ranks=ranks, device=accelerator.device) for m in modalities
-            }
+        results[FIRST_STEP, seed] = pipeline.first_step(config, seed).read_summary()["metrics"]
         for arm in arms:
-            stage = Stage(arm, seed, config.retrain_epochs, start=best_weights(first))
-            if arm != "baseline":
-                use = {m: s.best > 0 if config.supervision.only_better else s.best >= 0 for m, s in found.items()}
-                stage = replace(stage, maps={m: s.maps for m, s in found.items()}, use=use)
-            results[arm, seed] = train_stage(task, config, stage, ranks=ranks).read_summary()["metrics"]
-    ranks.on_main(lambda: write_table(config, task, results))
+            results[arm, seed] = pipeline.second_step(config, arm, seed).read_summary()["metrics"]
+    pipeline.ranks.on_main(lambda: write_table(config, pipeline.task, results))
     return results
+
+
+@dataclass
+class Pipeline:
+    """A task with its data read, on which the steps of any table of it are run.
+
+    Each method takes the config anew: weights, epochs or names may differ from table to table, the data may not.
+    """
+
+    task: Task
+    modalities: list[str]
+    ranks: Ranks
+    device: torch.device
+
+    @classmethod
+    def open(cls, config: DownstreamConfig) -> "Pipeline":
+        """Join the launcher and read the data; onto the GPU where they fit.
+
+        Raises:
+            InputError: missing or damaged data, or a modality that the task does not have.
+        """
+        accelerator = build_accelerator(precision=config.precision, seed=config.seed)
+        ranks = Ranks()
+        task = open_task(config)
+        place(task, accelerator.device, loop=config.loop)
+        return cls(task, modalities_of(config, task), ranks, accelerator.device)
+
+    def first_step(self, config: DownstreamConfig, seed: int) -> RunFolder:
+        """Train the model whose surrogates are mined; as all steps, only where it is missing."""
+        return train_stage(self.task, config, Stage(FIRST_STEP, seed, config.epochs), ranks=self.ranks)
+
+    def surrogates(self, config: DownstreamConfig, seed: int) -> dict[str, Surrogates]:
+        """Surrogates of the first step, by modality."""
+        return {
+            name: mine_all(self.task, config, name, seed=seed, ranks=self.ranks, device=self.device)
+            for name in self.modalities
+        }
+
+    def second_step(self, config: DownstreamConfig, arm: str, seed: int) -> RunFolder:
+        """Train one arm; its first step and surrogates must be there or are made."""
+        run = stage_folder(config, arm=arm, seed=seed)
+        if self.ranks.broadcast(bool(run.read_summary())):
+            return run
+        first = self.first_step(config, seed)
+        stage = Stage(arm, seed, config.retrain_epochs, start=None if config.restart else best_weights(first))
+        if arm != "baseline":
+            found = self.surrogates(config, seed)
+            use = {name: supervised(given, config.supervision) for name, given in found.items()}
+            stage = replace(stage, maps={name: given.maps for name, given in found.items()}, use=use)
+        return train_stage(self.task, config, stage, ranks=self.ranks)
+
+
+def supervised(found: Surrogates, config: SupervisionConfig) -> Tensor:
+    """Which examples are supervised, bool `(examples,)`."""
+    if not config.only_better:
+        return torch.ones_like(found.best, dtype=torch.bool)
+    return (found.best > 0) & (found.scores - found.unmasked >= config.margin)
 
 
 def mine_all(
@@ -101,7 +148,9 @@ def mine_all(
         with ProgressBar(len(parts), f"mining {modality} surrogates, seed {seed}") as bar:
             for number in parts:
                 if not store.has_part(number):
-                    store.write_part(number, _mine_part(task, config, model, modality, number, device=device))
+                    rows = np.arange(number * PART, min((number + 1) * PART, len(examples)))
+                    options = {"modality": modality, "device": device, "probes": config.supervision.probes}
+                    store.write_part(number, mine_rows(task, model, examples, rows, **options))
                 bar.update(1)
         ranks.barrier()
         if ranks.is_main:
@@ -111,28 +160,30 @@ def mine_all(
     return store.load(examples.keys)
 
 
-def _mine_part(
-    task: Task, config: DownstreamConfig, model: AttentionModel, modality: str, number: int, *, device: torch.device
+def mine_rows(
+    task: Task,
+    model: AttentionModel,
+    examples: Examples,
+    rows: np.ndarray,
+    *,
+    modality: str,
+    device: torch.device,
+    probes: int = 0,
 ) -> Surrogates:
-    examples = task.train
-    stop = min((number + 1) * PART, len(examples))
+    """Surrogates of some rows of `examples`, in their order; `model` in evaluation mode on `device`."""
     found = []
-    for begin in range(number * PART, stop, MINING_BATCH):
-        rows = np.arange(begin, min(begin + MINING_BATCH, stop))
-        inputs = {name: value.to(device) for name, value in examples.inputs(rows).items()}
+    size = MINING_BATCH.get(device.type, MINING_BATCH["cpu"])
+    for part in np.split(rows, range(size, len(rows), size)):
+        inputs = {name: value.to(device) for name, value in examples.inputs(part).items()}
         found.append(
             mine(
                 model,
                 inputs,
-                examples.targets[torch.from_numpy(rows)].to(device),
+                examples.targets[torch.from_numpy(part)].to(device),
                 modality=modality,
                 masks=lambda row: task.masks(modality, row),
-                max_rows=config.supervision.probes,
+                max_rows=probes,
             )
         )
-    return Surrogates(
-        maps=torch.cat([f.maps for f in found]),
-        best=torch.cat([f.best for f in found]),
-        scores=torch.cat([f.scores for f in found]),
-        unmasked=torch.cat([f.unmasked for f in found]),
-    )
+    columns = {field.name: torch.cat([getattr(part, field.name) for part in found]) for field in fields(Surrogates)}
+    return Surrogates(**columns)

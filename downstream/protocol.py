@@ -61,6 +61,10 @@ class Targets(Protocol):
 class Examples(Protocol):
     """A part of a data set, read by row.
 
+    A part that fits into a GPU's memory may offer `to(device)`, which gives the same part there, and then its `device`
+    (see `downstream.data.place`). A part whose examples are of several kinds, as VQA's answer types, may offer `kinds`,
+    one name per example: accuracy is then also reported for each.
+
     Attributes:
         keys: a name per example, unique.
     """

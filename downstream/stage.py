@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -18,7 +19,7 @@ from engine.files import atomic_write
 from engine.launch import build_accelerator
 from engine.loop import Training, fit, start_training
 from engine.plan import plan_steps
-from engine.program import config_to_dict
+from engine.program import config_from_dict, config_to_dict
 from engine.ranks import Ranks
 from engine.runs import RunFolder
 from engine.state import unwrap
@@ -47,13 +48,23 @@ class Stage:
 
 
 def stage_folder(config: DownstreamConfig, *, arm: str, seed: int) -> RunFolder:
-    """Run folder of one stage of a table."""
-    return RunFolder(config.runs / f"{config.run}-{arm}-seed{seed}")
+    """Run folder of one stage of a table; the first step may be that of another table (`config.first`)."""
+    table = config.first if arm == FIRST_STEP and config.first else config.run
+    return RunFolder(config.runs / f"{table}-{arm}-seed{seed}")
 
 
 def best_weights(run: RunFolder) -> dict[str, Tensor]:
     """Weights of a finished stage's best epoch."""
     return load_file(run.path / BEST)
+
+
+def read_stage_config(run: RunFolder) -> DownstreamConfig:
+    """The config of a finished stage of a fine-tune.
+
+    Raises:
+        InputError: no run there, or one of another program.
+    """
+    return config_from_dict(DownstreamConfig, run.read_config(), source=run.config_file, what="fine-tune's config")
 
 
 def train_stage(task: Task, config: DownstreamConfig, stage: Stage, *, ranks: Ranks) -> RunFolder:
@@ -115,7 +126,7 @@ def _learn(
         device=training.accelerator.device,
     )
     batches = training_batches(
-        ExampleDataset(task.train, maps=dict(stage.maps or {}), use=dict(stage.use or {})),
+        ExampleDataset(task.train, maps=_beside(task.train, stage.maps or {}), use=dict(stage.use or {})),
         batch_size=config.data.batch_size,
         # another order than the first step's, the same for every arm
         seed=stage.seed if stage.arm == FIRST_STEP else stage.seed + 1_000_003,
@@ -126,6 +137,12 @@ def _learn(
         stop_step=training.total_steps,
     )
     fit(training, batches, objective, start_step=start, hooks=[(every, Choice(training, task))])
+
+
+def _beside(examples: Examples, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The surrogates where the examples are: on their device if they were put on one."""
+    home = getattr(examples, "device", None)
+    return {name: value if home is None else value.to(home) for name, value in maps.items()}
 
 
 class Choice:
@@ -139,7 +156,8 @@ class Choice:
         training = self.training
         model = unwrap(training.module).model
         assert isinstance(model, AttentionModel)
-        score = accuracy(model, self.task.held_out, ranks=training.ranks, device=training.accelerator.device)
+        device = training.accelerator.device
+        score = accuracy(model, self.task.held_out, ranks=training.ranks, device=device)["accuracy"]
         best = training.extra.get("best")
         if training.ranks.is_main:
             assert training.tracker is not None
@@ -154,15 +172,28 @@ class Choice:
 
 
 @torch.inference_mode()
-def accuracy(model: AttentionModel, examples: Examples, *, ranks: Ranks, device: Any) -> float:
-    """Mean score in percent, each example once over all ranks. Every rank must call it."""
-    total = 0.0
+def accuracy(model: AttentionModel, examples: Examples, *, ranks: Ranks, device: Any) -> dict[str, float]:
+    """Mean score in percent, each example once over all ranks. Every rank must call it.
+
+    Returns:
+        "accuracy", and where the examples are of several kinds (`kinds`, as answer types in VQA) also
+        "accuracy_<kind>" for each, over the examples of that kind.
+    """
     parts = rows_of_rank(len(examples), rank=ranks.rank, world_size=ranks.world_size, size=EVALUATION_BATCH)
+    scores = []
     for rows in parts:
         inputs = {name: value.to(device) for name, value in examples.inputs(rows).items()}
         targets = examples.targets[torch.from_numpy(rows)].to(device)
-        total += float(classification_score(model(inputs).logits, targets).sum())
-    return 100 * sum(ranks.gather(total)) / len(examples)
+        scores.append(classification_score(model(inputs).logits, targets))
+    every = ranks.gather(torch.cat(scores).tolist() if scores else [])
+    values = np.array([score for part in every for score in part])
+    found = {"accuracy": 100 * float(values.mean())}
+    kinds = getattr(examples, "kinds", ())
+    if len(set(kinds)) > 1:
+        named = np.array(kinds)
+        for kind in sorted(set(kinds)):
+            found[f"accuracy_{kind.replace('/', '_')}"] = 100 * float(values[named == kind].mean())
+    return found
 
 
 def _finish(training: Training, task: Task, stage: Stage) -> None:
@@ -172,10 +203,11 @@ def _finish(training: Training, task: Task, stage: Stage) -> None:
     assert isinstance(model, AttentionModel)
     model.load_state_dict(best_weights(training.run))
     model.eval()
-    score = accuracy(model, task.test, ranks=training.ranks, device=training.accelerator.device)
+    scores = accuracy(model, task.test, ranks=training.ranks, device=training.accelerator.device)
     if training.ranks.is_main:
         best = training.extra["best"]
-        metrics = {"test/accuracy": score, "held_out/accuracy": best["score"], "best_step": best["step"]}
+        metrics = {f"test/{name}": score for name, score in scores.items()}
+        metrics |= {"held_out/accuracy": best["score"], "best_step": best["step"]}
         weights = {k: v["weight"] for k, v in training.extra.items() if k.startswith("balance_")}
         training.run.write_summary(
             metrics | {f"weight/{name.removeprefix('balance_')}": w for name, w in weights.items() if w is not None},
@@ -183,16 +215,17 @@ def _finish(training: Training, task: Task, stage: Stage) -> None:
             data=task.facts,
             protocol={"arm": stage.arm, "seed": stage.seed, "epochs": stage.epochs, "commit": environment()["commit"]},
         )
-        training.report(f"{training.run.name}: test accuracy {score:.2f} (best epoch ends at step {best['step']})")
+        training.report(
+            f"{training.run.name}: test accuracy {scores['accuracy']:.2f} (best epoch ends at step {best['step']})"
+        )
     training.ranks.barrier()
 
 
 def _resolved(config: DownstreamConfig, stage: Stage) -> dict[str, Any]:
     """The config of one stage: what the table adds around it is left out."""
-    values = config_to_dict(replace(config, arm=stage.arm, seed=stage.seed))
-    for key in ("arms", "seeds"):
-        values.pop(key)
+    dropped = ["arms", "seeds"]
     if stage.arm == FIRST_STEP:
-        for key in ("retrain_epochs", "supervision"):
-            values.pop(key)
-    return values
+        config = replace(config, run=config.first or config.run)
+        dropped += ["first", "retrain_epochs", "restart", "supervision"]
+    values = config_to_dict(replace(config, arm=stage.arm, seed=stage.seed))
+    return {key: value for key, value in values.items() if key not in dropped}

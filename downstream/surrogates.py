@@ -14,7 +14,7 @@ from engine.errors import InputError
 from engine.files import atomic_write, sha256_of, write_json
 
 PART = 1024
-SCHEMA = 1
+SCHEMA = 2
 
 
 class SurrogateStore:
@@ -40,7 +40,8 @@ class SurrogateStore:
     def write_part(self, number: int, found: Surrogates) -> None:
         """Write one part under a temporary name and rename it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        tensors = {"maps": found.maps.half(), "best": found.best, "scores": found.scores, "unmasked": found.unmasked}
+        tensors = {"maps": found.maps.half(), "own": found.own.half()}
+        tensors |= {"best": found.best, "scores": found.scores, "unmasked": found.unmasked}
         atomic_write(self._part(number), save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
 
     def seal(self, keys: Sequence[str], facts: dict[str, Any]) -> None:
@@ -49,6 +50,11 @@ class SurrogateStore:
         parts = {self._part(i).name: sha256_of(self._part(i)) for i in range(num_parts(len(keys)))}
         keys_hash = sha256_of(self.path / "keys.json")
         write_json(self.manifest_file, {"schema": SCHEMA, "keys": keys_hash, "parts": parts, **facts})
+
+    @property
+    def keys(self) -> list[str]:
+        """Whose surrogates they are, of a complete store."""
+        return [str(key) for key in json.loads((self.path / "keys.json").read_text())]
 
     def load(self, keys: Sequence[str]) -> Surrogates:
         """All surrogates, for the examples named by `keys`.
@@ -59,7 +65,9 @@ class SurrogateStore:
         if not self.complete:
             raise InputError(f"{self.path} holds no complete surrogates: run the mining step to its end")
         manifest = json.loads(self.manifest_file.read_text())
-        if json.loads((self.path / "keys.json").read_text()) != list(keys):
+        if manifest["schema"] != SCHEMA:
+            raise InputError(f"{self.path} was mined by another version: remove the folder and mine again")
+        if self.keys != list(keys):
             raise InputError(f"{self.path} was mined for other examples: remove it, or give the same data and seed")
         tensors = []
         for name, digest in manifest["parts"].items():
@@ -69,7 +77,8 @@ class SurrogateStore:
         found = {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
         if not bool(torch.isfinite(found["maps"]).all()):
             raise InputError(f"{self.path} holds maps that are not finite: remove the folder and mine again")
-        return Surrogates(_density(found["maps"].float()), found["best"], found["scores"], found["unmasked"])
+        maps, own = (_density(found[name].float()) for name in ("maps", "own"))
+        return Surrogates(maps, found["best"], found["scores"], found["unmasked"], own)
 
     def _part(self, number: int) -> Path:
         return self.path / f"part-{number:05d}.safetensors"

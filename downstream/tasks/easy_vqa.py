@@ -74,5 +74,6 @@ def _part(root: Path, name: str, classes: dict[str, int]) -> Part:
             raise InputError(f"{path}, entry {number}: {row!r} is no [question, answer, image number]")
         if row[1] not in classes:
             raise InputError(f"{path}, entry {number}: answer {row[1]!r} is not listed in {root / 'answers.txt'}")
-        questions.append(Question(f"{name}/{number:05d}", row[0], row[2], (row[1],)))
+        kind = "yes/no" if row[1] in ("yes", "no") else "other"  # as VQA has it; no answer here is a number
+        questions.append(Question(f"{name}/{number:05d}", row[0], row[2], (row[1],), kind))
     return Part(name, questions, lambda image: root / name / "images" / f"{image}.png")

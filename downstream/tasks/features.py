@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -121,8 +122,8 @@ def feature_maps(subject: Subject, images: Tensor) -> Tensor:
 
 
 def _save(path: Path, maps: np.ndarray) -> None:
-    """Under a temporary name first: a part that is there is whole."""
-    temporary = path.with_suffix(".tmp")
+    """Under a name of its own first: a part that is there is whole, whoever else computes it at the same time."""
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     with open(temporary, "wb") as file:
         np.save(file, maps)
     temporary.rename(path)

@@ -1,7 +1,7 @@
 """Image classification from shards: CIFAR-10 and any other labelled set of one image size."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -34,6 +34,15 @@ class ImageExamples:
     def inputs(self, rows: np.ndarray) -> Inputs:
         """Images of some rows."""
         return {"images": self.images[torch.from_numpy(rows)]}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.images.device
+
+    def to(self, device: torch.device) -> "ImageExamples":
+        """The same examples on `device`."""
+        return replace(self, images=self.images.to(device), targets=self.targets.to(device))
 
     def part(self, rows: np.ndarray) -> "ImageExamples":
         """The examples of some rows."""

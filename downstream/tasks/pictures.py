@@ -1,6 +1,7 @@
 """Images of a question-answering set, read by row: pixels from files, or feature maps from memory-mapped arrays."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -57,6 +58,12 @@ class ImagesInMemory:
         self.places: Mapping[int, int] = places
         stacked = np.stack(images) if images else np.empty((0, size, size, 3), dtype=np.uint8)
         self.images = torch.from_numpy(stacked)
+
+    def to(self, device: torch.device) -> "ImagesInMemory":
+        """The same images on `device`."""
+        placed = copy(self)
+        placed.images = self.images.to(device)
+        return placed
 
     def inputs(self, rows: np.ndarray) -> Inputs:
         """uint8 images `(rows, size, size, 3)`."""

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ class Question:
         key: unique in its data set.
         image: the image's number.
         answers: what was answered, one or ten times.
+        kind: the official answer type ("yes/no", "number", "other"), or "" where there is none.
     """
 
     key: str
     text: str
     image: int
     answers: tuple[str, ...]
+    kind: str = ""
 
     @property
     def words(self) -> list[str]:
@@ -57,7 +59,7 @@ class Part:
 
 @dataclass
 class QuestionExamples:
-    """Questions as token numbers `(examples, tokens)`, padded with 0, and the rows of their images."""
+    """Questions as token numbers `(examples, tokens)`, padded with 0, the rows of their images, their answer types."""
 
     keys: Sequence[str]
     words: list[list[str]]
@@ -65,6 +67,7 @@ class QuestionExamples:
     pictures: Pictures
     rows: np.ndarray
     targets: Targets
+    kinds: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -72,6 +75,17 @@ class QuestionExamples:
     def inputs(self, rows: np.ndarray) -> Inputs:
         """Tokens and images, or their features, of some rows."""
         return {"tokens": self.tokens[torch.from_numpy(rows)], **self.pictures.inputs(self.rows[rows])}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the questions are; images too large for memory come from disk all the same."""
+        return self.tokens.device
+
+    def to(self, device: torch.device) -> "QuestionExamples":
+        """The same examples on `device`."""
+        pictures = self.pictures.to(device) if isinstance(self.pictures, ImagesInMemory) else self.pictures
+        targets = self.targets.to(device) if isinstance(self.targets, Tensor) else self.targets
+        return replace(self, tokens=self.tokens.to(device), pictures=pictures, targets=targets)
 
     @property
     def images(self) -> "_Images":
@@ -218,7 +232,8 @@ class QuestionTask:
         for row, text in enumerate(words):
             tokens[row, : len(text)] = torch.tensor([self.vocabulary.get(word, UNKNOWN) for word in text])
         rows = np.array([pictures.places[question.image] for question in questions], dtype=np.int64)
-        return QuestionExamples([question.key for question in questions], words, tokens, pictures, rows, targets)
+        keys, kinds = [question.key for question in questions], [question.kind for question in questions]
+        return QuestionExamples(keys, words, tokens, pictures, rows, targets, kinds)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,15 @@ class TextExamples:
     def inputs(self, rows: np.ndarray) -> Inputs:
         """Tokens of some rows, all padded to the longest text of the data set."""
         return {"tokens": self.tokens[torch.from_numpy(rows)]}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        return self.tokens.device
+
+    def to(self, device: torch.device) -> "TextExamples":
+        """The same examples on `device`."""
+        return replace(self, tokens=self.tokens.to(device), targets=self.targets.to(device))
 
 
 class Trec:

@@ -72,8 +72,8 @@ def read_questions(questions_file: Path, annotations_file: Path, *, name: str) -
     Raises:
         InputError: missing, no JSON, not in the official format, or a question number given twice.
     """
-    annotations = {
-        entry["question_id"]: entry["answers"]
+    annotated = {
+        entry["question_id"]: entry
         for entry in _entries(annotations_file, "annotations", {"question_id": int, "answers": list})
     }
     kept: dict[int, Question] = {}
@@ -81,14 +81,16 @@ def read_questions(questions_file: Path, annotations_file: Path, *, name: str) -
     wanted = {"question_id": int, "image_id": int, "question": str}
     for entry in _entries(questions_file, "questions", wanted):
         number = entry["question_id"]
-        given = [answer.get("answer") for answer in annotations.get(number, []) if isinstance(answer, dict)]
+        annotation = annotated.get(number, {})
+        given = [answer.get("answer") for answer in annotation.get("answers", []) if isinstance(answer, dict)]
         answers = [answer for answer in given if isinstance(answer, str)]
         if number in kept:
             raise InputError(f"{questions_file}: question {number} stands there twice")
         if len(answers) != NUM_ANSWERS:
             few += 1
             continue
-        kept[number] = Question(f"{name}/{number}", entry["question"], entry["image_id"], tuple(answers))
+        kind = str(annotation.get("answer_type") or "unknown")
+        kept[number] = Question(f"{name}/{number}", entry["question"], entry["image_id"], tuple(answers), kind)
     return list(kept.values()), few
 
 

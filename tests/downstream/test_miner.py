@@ -1,6 +1,7 @@
 """The surrogate miner against probing one mask at a time, and the masks it probes with."""
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from math import comb
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def own_masks(inputs: Inputs) -> torch.Tensor:
 def one_by_one(
     model: AttentionModel, inputs: Inputs, targets: torch.Tensor, modality: str, masks: Callable[[Inputs], torch.Tensor]
 ) -> Surrogates:
-    maps, best, scores, unmasked = [], [], [], []
+    maps, best, scores, unmasked, own = [], [], [], [], []
     for row in range(len(targets)):
         one = {name: value[row : row + 1] for name, value in inputs.items()}
         found = []
@@ -50,10 +51,12 @@ def one_by_one(
         best.append(number)
         scores.append(found[number][0])
         unmasked.append(found[0][0])
-    return Surrogates(torch.stack(maps), torch.tensor(best), torch.tensor(scores), torch.tensor(unmasked))
+        own.append(found[0][1])
+    columns = (torch.tensor(best), torch.tensor(scores), torch.tensor(unmasked))
+    return Surrogates(torch.stack(maps), *columns, torch.stack(own))
 
 
-@pytest.mark.parametrize("max_rows", [1, 7, 4096])
+@pytest.mark.parametrize("max_rows", [0, 1, 7])
 @pytest.mark.parametrize("kind", ["self_attentive", "transformer"])
 def test_text_surrogates_are_those_of_probing_one_by_one(kind: str, max_rows: int) -> None:
     model, inputs, targets = text_case(kind)
@@ -63,6 +66,7 @@ def test_text_surrogates_are_those_of_probing_one_by_one(kind: str, max_rows: in
         found.unmasked, slow.unmasked, atol=1e-5
     )
     assert torch.allclose(found.maps, slow.maps, atol=1e-5) and (found.best == slow.best).all()
+    assert torch.allclose(found.own, slow.own, atol=1e-5)
     assert (found.scores >= found.unmasked).all() and found.best[2] == 0, "a text of one token has no pair to mask"
     assert torch.allclose(found.maps.sum(1), torch.ones(3), atol=1e-5)
     assert (found.maps[1, 3:] == 0).all(), "padding gets no attention"
@@ -112,11 +116,12 @@ def test_a_store_goes_on_part_by_part_and_refuses_what_is_not_its_own(tmp_path: 
     count = PART + 3
     keys = [f"k{i}" for i in range(count)]
     maps = torch.rand(count, 4) + 0.1
-    whole = Surrogates(maps / maps.sum(1, keepdim=True), torch.arange(count), torch.rand(count), torch.rand(count))
+    maps /= maps.sum(1, keepdim=True)
+    whole = Surrogates(maps, torch.arange(count), torch.rand(count), torch.rand(count), maps.flip(0))
 
     def part(number: int) -> Surrogates:
         rows = slice(number * PART, (number + 1) * PART)
-        return Surrogates(whole.maps[rows], whole.best[rows], whole.scores[rows], whole.unmasked[rows])
+        return Surrogates(*(getattr(whole, field.name)[rows] for field in fields(whole)))
 
     store = SurrogateStore(root)
     store.write_part(0, part(0))
@@ -127,9 +132,15 @@ def test_a_store_goes_on_part_by_part_and_refuses_what_is_not_its_own(tmp_path: 
     store.seal(keys, {"model": "m"})
     found = SurrogateStore(root).load(keys)
     assert num_parts(count) == 2 and torch.equal(found.best, whole.best)
+    assert torch.allclose(found.own, whole.own, atol=1e-3)
     assert torch.allclose(found.maps, whole.maps, atol=1e-3) and torch.allclose(found.maps.sum(1), torch.ones(count))
     with pytest.raises(InputError, match="mined for other examples"):
         store.load(keys[::-1])
+    broken = SurrogateStore(tmp_path / "broken")
+    broken.write_part(0, replace(part(1), maps=torch.full((3, 4), torch.nan)))
+    broken.seal(keys[:3], {})
+    with pytest.raises(InputError, match="maps that are not finite"):
+        broken.load(keys[:3])
     file = root / "part-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(InputError, match="damaged"):

@@ -10,12 +10,16 @@ import pytest
 import torch
 
 from downstream.config import DataConfig, DownstreamConfig, SupervisionConfig, TextConfig
-from downstream.pipeline import run_pipeline
-from downstream.stage import best_weights, stage_folder
+from downstream.data import place
+from downstream.miner import Surrogates
+from downstream.pipeline import run_pipeline, supervised
+from downstream.protocol import Attended, AttentionModel, Inputs
+from downstream.stage import accuracy, best_weights, stage_folder
 from downstream.surrogates import SurrogateStore
 from downstream.table import tabulate
 from downstream.tasks.trec import Trec
 from engine.errors import InputError, Requeue
+from engine.ranks import Ranks
 from engine.settings import LoopConfig, OptimConfig
 from tests.tools import accelerate, run_python
 
@@ -149,3 +153,89 @@ def test_unknown_words_and_one_word_texts_go_through(config: DownstreamConfig) -
     assert inputs["tokens"][0, :2].tolist() == [1, 1]
     output = task.build_model().eval()(inputs)
     assert torch.isfinite(output.logits).all() and output.maps["text"][1, 0].item() == pytest.approx(1)
+
+
+def test_a_table_takes_the_first_step_of_another_and_weighs_as_it_was_told(config: DownstreamConfig) -> None:
+    one = run_pipeline(replace(config, arm="mse"))
+    lighter = replace(config, run="lighter", first="t", arm="mse", supervision=SupervisionConfig(gamma=0.1))
+    found = run_pipeline(lighter)
+    assert not (config.runs / "lighter-step1-seed0").exists() and found["step1", 0] == one["step1", 0]
+    weight = one["mse", 0]["weight/text"]
+    assert found["mse", 0]["weight/text"] == pytest.approx(0.1 * weight, rel=1e-5)
+    capped = replace(config, run="capped", first="t", arm="mse", supervision=SupervisionConfig(max_weight=weight / 2))
+    assert run_pipeline(capped)["mse", 0]["weight/text"] == pytest.approx(weight / 2)
+
+
+def test_no_weight_balances_a_loss_of_nothing(config: DownstreamConfig) -> None:
+    nobody = replace(config, arm="mse", supervision=SupervisionConfig(margin=1.0))
+    with pytest.raises(InputError, match=r"loss of 'text' was 0 .* no example is supervised .*balance fixed"):
+        run_pipeline(nobody)
+    run_pipeline(replace(nobody, run="fixed", first="t", supervision=replace(nobody.supervision, balance="fixed")))
+
+
+def test_a_second_step_may_begin_anew(config: DownstreamConfig) -> None:
+    """At a learning rate of almost nothing the weights stay where they began."""
+    run_pipeline(replace(config, arm="baseline", retrain_epochs=1))
+    still = replace(config, first="t", arm="baseline", retrain_epochs=1, optim=replace(config.optim, lr=1e-9))
+    run_pipeline(replace(still, run="on"))
+    run_pipeline(replace(still, run="anew", restart=True))
+    first, on, anew = (
+        best_weights(stage_folder(replace(config, run=run), arm=arm, seed=0))["embed.weight"]
+        for run, arm in (("t", "step1"), ("on", "baseline"), ("anew", "baseline"))
+    )
+    assert torch.allclose(on, first, atol=1e-5) and not torch.allclose(anew, first, atol=1e-2)
+
+
+def test_which_examples_are_supervised() -> None:
+    maps = torch.full((4, 2), 0.5)
+    scores, unmasked = torch.tensor([0.5, 0.6, 0.9, 0.9]), torch.tensor([0.5, 0.5, 0.5, 0.9])
+    found = Surrogates(maps, torch.tensor([0, 3, 1, 2]), scores, unmasked, maps)
+    choices = [SupervisionConfig(), SupervisionConfig(margin=0.2), SupervisionConfig(only_better=False)]
+    assert [supervised(found, choice).tolist() for choice in choices] == [
+        [False, True, True, True],
+        [False, False, True, False],
+        [True] * 4,
+    ]
+
+
+class Parrot(AttentionModel):
+    """Answers what the input says."""
+
+    def encode(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        return {"text": inputs["says"]}
+
+    def attend(self, features: dict[str, torch.Tensor], inputs: Inputs) -> Attended:
+        return Attended(torch.nn.functional.one_hot(features["text"], 3).float(), {})
+
+
+class Said:
+    """Examples of two kinds, of which some are answered rightly."""
+
+    keys = tuple("abcdef")
+    targets = torch.tensor([0, 1, 2, 0, 1, 2])
+    says = torch.tensor([0, 1, 0, 0, 0, 0])
+
+    def __init__(self, kinds: tuple[str, ...]) -> None:
+        self.kinds = kinds
+
+    def __len__(self) -> int:
+        return 6
+
+    def inputs(self, rows: np.ndarray) -> Inputs:
+        return {"says": self.says[torch.from_numpy(rows)]}
+
+
+def test_accuracy_is_also_given_by_kind_where_there_are_several() -> None:
+    kinds = ("yes/no", "number", "number", "yes/no", "yes/no", "number")
+    found = accuracy(Parrot(), Said(kinds), ranks=Ranks(), device="cpu")
+    assert found == pytest.approx({"accuracy": 50, "accuracy_yes_no": 200 / 3, "accuracy_number": 100 / 3})
+    assert accuracy(Parrot(), Said(("other",) * 6), ranks=Ranks(), device="cpu") == {"accuracy": 50}
+
+
+def test_examples_go_to_a_gpu_unless_other_processes_read_them(config: DownstreamConfig) -> None:
+    task = Trec(config.data.path, config.text)
+    place(task, torch.device("cpu"), loop=config.loop)
+    place(task, torch.device("cuda"), loop=replace(config.loop, num_workers=1))
+    assert task.test.device == torch.device("cpu")  # type: ignore[attr-defined]
+    on_meta = task.test.to(torch.device("meta"))  # type: ignore[attr-defined]
+    assert on_meta.tokens.is_meta and on_meta.targets.is_meta and on_meta.keys == task.test.keys

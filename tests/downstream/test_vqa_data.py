@@ -63,6 +63,10 @@ def test_the_official_files_are_read(tmp_path: Path, version: str) -> None:
     length = int((one["tokens"] != 0).sum())
     assert task.masks("text", one).shape == (1 + length * (length - 1) // 2, 5)
     assert train.images[0].shape == (32, 32, 3)
+    assert {words[0]: kind for words, kind in zip(train.words, train.kinds, strict=True)} == {
+        "what": "other",
+        "is": "yes/no",
+    }
     found = task.build_model()(inputs)
     assert found.logits.shape == (2, 5) and found.maps["image"].shape == (2, 4, 4)
 

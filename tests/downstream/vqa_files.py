@@ -43,7 +43,8 @@ def write_vqa(root: Path, *, version: str = "v2", train: int = 20, test: int = 8
 def annotation(question: int, image: int, answers: list[str]) -> dict[str, Any]:
     """One official annotation."""
     given = [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(answers, start=1)]
-    kind = {"question_type": "what", "answer_type": "other", "multiple_choice_answer": answers[0]}
+    answer_type = "yes/no" if answers[0] in ("yes", "no") else "other"
+    kind = {"question_type": "what", "answer_type": answer_type, "multiple_choice_answer": answers[0]}
     return {"question_id": question, "image_id": image, "answers": given, **kind}
 
 
