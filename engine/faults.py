@@ -2,7 +2,8 @@
 
 import json
 import math
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,9 +86,7 @@ class StepGuard:
         if uses_deepspeed(accelerator):
             bad = torch.tensor(_deepspeed_fault(optimizer.optimizer, finite, self.training))
         elif accelerator.scaler is not None:
-            self._clip()
-            optimizer.step()
-            bad = torch.tensor(_scaler_fault(accelerator, finite, self.training))
+            bad = torch.tensor(self._scaled_step(accelerator.scaler, finite))
         else:
             bad = ~torch.isfinite(self._clip())
             _step_unless(bad, optimizer)
@@ -124,6 +123,20 @@ class StepGuard:
                 f"look at one with: python pretrain/replay.py --run {run.path} --step {last.step}"
             )
 
+    def _scaled_step(self, scaler: Any, finite: Tensor) -> bool:
+        """Clip and step by the fp16 scaler; whether it skipped the step for more than a scale that was too high.
+
+        The scale tells: accelerate's own word misses the steps that fused optimisers skip on the device.
+        """
+        before = scaler.get_scale()
+        if self.training.clip_norm > 0:
+            self._clip()
+        optimizer = self.training.optimizer
+        with _asked_on_the_host(optimizer.optimizer) if not optimizer.optimizer.state else nullcontext():
+            optimizer.step()
+        after = scaler.get_scale()
+        return after < before and _is_fault(after, finite, self.training)
+
     def _clip(self) -> Tensor:
         """Norm of the reduced gradient, before it is clipped where that is asked for."""
         accelerator, parameters = self.training.accelerator, list(self.training.module.parameters())
@@ -151,6 +164,17 @@ class StepGuard:
                 append_lines(run.bad_batches_file, json.dumps(line))
 
 
+@contextmanager
+def _asked_on_the_host(optimizer: Any) -> Iterator[None]:
+    """Makes the scaler skip a step of a fused optimiser as it skips others': see `_step_unless`."""
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    optimizer._step_supports_amp_scaling = False
+    try:
+        yield
+    finally:
+        optimizer._step_supports_amp_scaling = fused
+
+
 def _step_unless(bad: Tensor, optimizer: Any) -> None:
     """Make the step unless `bad`. Fused optimisers are told on the device, as torch's gradient scaler does it.
 
@@ -167,18 +191,13 @@ def _step_unless(bad: Tensor, optimizer: Any) -> None:
 
 def _deepspeed_fault(zero: Any, finite: Tensor, training: Training) -> bool:
     """Whether DeepSpeed skipped its step for more than a loss scale that was too high."""
-    if not zero.overflow:
-        return False
-    return _is_fault(zero.dynamic_loss_scale, float(zero.loss_scale), finite, training)
+    scale = training.loss_scale
+    if scale is None:
+        return bool(zero.overflow)
+    scale.update(zero, overflow=zero.overflow)
+    return zero.overflow and _is_fault(scale.value, finite, training)
 
 
-def _scaler_fault(accelerator: Accelerator, finite: Tensor, training: Training) -> bool:
-    if not accelerator.optimizer_step_was_skipped:
-        return False
-    assert accelerator.scaler is not None
-    return _is_fault(True, float(accelerator.scaler.get_scale()), finite, training)
-
-
-def _is_fault(dynamic: bool, scale: float, finite: Tensor, training: Training) -> bool:
+def _is_fault(scale: float, finite: Tensor, training: Training) -> bool:
     """A scaled gradient may overflow where the loss is finite: the scale is halved then, and that is no fault."""
-    return not dynamic or scale <= 1 or training.ranks.any(not bool(finite))
+    return scale <= 1 or training.ranks.any(not bool(finite))

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
 from torch import nn
 
 from engine.errors import InputError
+from engine.loss_scale import LossScale
 from engine.settings import Precision
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=20)
@@ -26,16 +27,11 @@ def build_accelerator(*, precision: Precision = "no", seed: int = 0) -> Accelera
 
     Raises:
         InputError: the rendezvous host cannot be resolved, the launcher's settings do not connect the ranks, or fp16 is
-            asked for without a GPU or under DeepSpeed.
+            asked for without a GPU.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    on_cpu = not torch.cuda.is_available()
-    if deepspeed and precision == "fp16":
-        raise InputError(
-            "precision fp16 under DeepSpeed ZeRO would train without loss scaling beside autocast: set precision to "
-            "bf16, or launch with DDP"
-        )
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    on_cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     if on_cpu and precision == "fp16":
         raise InputError("precision fp16 needs a GPU, and there is none: set precision to bf16 or no")
     if on_cpu:
@@ -56,6 +52,9 @@ def build_accelerator(*, precision: Precision = "no", seed: int = 0) -> Accelera
         )
     if deepspeed:
         _check_zero_stage(accelerator)
+        # the launcher's settings outlive a training, and `configure_deepspeed` has changed them for the one before
+        kinds: dict[str, Any] = {kind: {"enabled": precision == kind} for kind in ("bf16", "fp16")}
+        _deepspeed_settings(accelerator).update(kinds, torch_autocast={"enabled": False})
     set_seed(seed, device_specific=True)
     return accelerator
 
@@ -65,18 +64,31 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def configure_deepspeed(accelerator: Accelerator, module: nn.Module, *, local_batch: int, clip_norm: float) -> None:
-    """Tell DeepSpeed what it cannot see, because the data loader and the loop are ours. Does nothing under DDP."""
-    if uses_deepspeed(accelerator):
-        settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        settings["train_micro_batch_size_per_gpu"] = local_batch
-        settings["gradient_clipping"] = clip_norm
-        if accelerator.mixed_precision == "bf16":
-            # DeepSpeed's own bf16 casts weights but neither inputs nor buffers; autocast is what the other launchers do
-            settings["bf16"] = {"enabled": False}
-            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-        if _zero_stage(accelerator) == 3:
-            module.register_forward_hook(_as_named_tuple)
+def configure_deepspeed(
+    accelerator: Accelerator, module: nn.Module, *, local_batch: int, clip_norm: float
+) -> LossScale | None:
+    """Tell DeepSpeed what it cannot see, because the data loader and the loop are ours. Does nothing under DDP.
+
+    Returns:
+        For fp16 the loss scale, to be attached to the prepared optimiser.
+    """
+    if not uses_deepspeed(accelerator):
+        return None
+    settings, scale = _deepspeed_settings(accelerator), None
+    settings["train_micro_batch_size_per_gpu"] = local_batch
+    settings["gradient_clipping"] = clip_norm
+    if accelerator.mixed_precision == "bf16":
+        # DeepSpeed's own bf16 casts weights but neither inputs nor buffers; autocast is what the other launchers do
+        settings["bf16"] = {"enabled": False}
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif accelerator.mixed_precision == "fp16":
+        settings["fp16"] = {"enabled": False}
+        autocast = torch.autocast(accelerator.device.type, dtype=torch.float16)
+        module.forward = autocast(module.forward)  # type: ignore[method-assign]
+        scale = LossScale()
+    if _zero_stage(accelerator) == 3:
+        module.register_forward_hook(_as_named_tuple)
+    return scale
 
 
 def local_batch_size(global_batch: int, *, world_size: int) -> int:
@@ -106,7 +118,12 @@ def _check_rendezvous() -> None:
 
 
 def _zero_stage(accelerator: Accelerator) -> int:
-    return int(accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {}).get("stage", 0))
+    return int(_deepspeed_settings(accelerator).get("zero_optimization", {}).get("stage", 0))
+
+
+def _deepspeed_settings(accelerator: Accelerator) -> dict[str, Any]:
+    settings: dict[str, Any] = accelerator.state.deepspeed_plugin.deepspeed_config
+    return settings
 
 
 def _as_named_tuple(module: nn.Module, arguments: Any, output: Any) -> Any:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.errors import InputError
 from engine.forking import end_opencv_threads
+from engine.pulse import PULSE
 from engine.stop import outlast_stop_signals
 from engine.training import Training
 
@@ -47,6 +48,7 @@ class PositionedLoader(DataLoader[Any]):
         asked = self.batch_sampler.asked = deque()
         for batch in super().__iter__():
             positions = asked.popleft()
+            PULSE.beat()
             if isinstance(batch, TensorBatch):
                 batch.positions = positions
             yield batch

@@ -52,7 +52,7 @@ class Meter:
             "time/data_wait": self._waited / self._seconds,
             "time/images_per_s": rate,
             "time/images_per_s_device": rate / training.ranks.world_size,
-            "memory/peak_gib": peak_memory(),
+            "memory/peak_gib": peak_memory(training.accelerator.device),
             "lr": training.schedule(step - 1),
             "train/skipped": float(training.extra["num_skipped"]),
         }
@@ -83,8 +83,8 @@ class Meter:
         self._steps, self._seconds, self._waited = 0, 0.0, 0.0
 
 
-def peak_memory() -> float:
-    """GiB: the most that tensors took on this rank's GPU so far; without one, the most the process took of memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / BYTES_PER_GIB
+def peak_memory(device: torch.device) -> float:
+    """GiB: the most that tensors took on this rank's GPU so far; on a CPU, the most the process took of memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / BYTES_PER_GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KIB_PER_GIB

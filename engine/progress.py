@@ -8,6 +8,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from engine.pulse import PULSE
+
 PLAIN_INTERVAL_S = 10.0
 
 
@@ -37,6 +39,7 @@ class ProgressBar:
     def update(self, n: int = 1, **fields: object) -> None:
         """Count `n` more items; `fields` are shown behind the bar."""
         self.count += n
+        PULSE.beat()
         note = " ".join(f"{name} {value}" for name, value in fields.items())
         if self._bar is not None:
             self._bar.update(self._task, advance=n, note=note)

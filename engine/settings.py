@@ -54,8 +54,11 @@ class LoopConfig:
     max_skipped: PositiveInt = 5
     """Stop after this many steps in a row whose loss or gradient was not finite; each is skipped on all ranks."""
     rank_timeout: NonNegativeFloat = 600.0
-    """Seconds that ranks wait for one that makes no progress before all stop; a twentieth of it (3 to 30 s) for one
-    that gives no sign of life, none for one whose process ended; 0 waits for ever."""
+    """Seconds that ranks wait, in a step or an evaluation, for one that makes no progress before all stop; a twentieth
+    of it (3 to 30 s) for one that gives no sign of life, none for one whose process ended; 0 waits for ever."""
+    deterministic: bool = False
+    """On a GPU, take kernels that give the same bits every time, as a CPU's do, so that a run that was stopped and went
+    on ends in the same weights as one that was not. Somewhat slower."""
     ignore_failures: bool = False
     """Start although the last three attempts died at the same step."""
     record_order: bool = False

@@ -103,8 +103,7 @@ def load_optimizer_state(accelerator: Accelerator, module: nn.Module, optimizer:
     if not uses_deepspeed(accelerator):
         for name, slots in state.items():
             p = parameters[name]
-            # scalars such as Adam's step count live on the CPU, but for fused optimisers on a GPU
-            place = p.device if optimizer.optimizer.defaults.get("fused") else torch.device("cpu")
+            place = _place_of_scalars(optimizer.optimizer, p)
             optimizer.optimizer.state[p] = {
                 k: v.to(place, copy=True) if v.dim() == 0 else v.to(p.device) for k, v in slots.items()
             }
@@ -115,12 +114,17 @@ def load_optimizer_state(accelerator: Accelerator, module: nn.Module, optimizer:
     for flat in _flat_weights(zero):
         # ZeRO makes its slots in the first step; make them now, so that they can be filled before it
         zero.optimizer.state[flat] = {k: torch.zeros_like(flat.data) for k in per_element} | {
-            k: v.clone() for k, v in example.items() if v.dim() == 0
+            k: v.to(_place_of_scalars(zero.optimizer, flat), copy=True) for k, v in example.items() if v.dim() == 0
         }
     _link_slots(zero)
     for name, p in parameters.items():
         for key in per_element:
             _set_full(p, state[name][key], key=key)
+
+
+def _place_of_scalars(optimizer: Any, weight: Tensor) -> torch.device:
+    """Where scalars such as Adam's step count live: on the CPU, but for fused optimisers beside the weights."""
+    return weight.device if optimizer.defaults.get("fused") else torch.device("cpu")
 
 
 def _to_cpu(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """One training's state: what it consists of, how it begins, goes on, and is saved."""
 
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from engine.checkpoint import (
 )
 from engine.errors import EXIT_FAILED, Fault, InputError, Requeue
 from engine.launch import configure_deepspeed
+from engine.loss_scale import LossScale, load_scale, scale_state
 from engine.optim import Schedule, build_optimizer, build_schedule
 from engine.program import leave_now
 from engine.progress import report, silent
@@ -62,6 +65,7 @@ class Training:
         step: steps done.
         metrics_wait: whether metrics cannot be written at the moment.
         watch: of the other ranks; while the training is entered as a context.
+        loss_scale: of fp16 under DeepSpeed; elsewhere the accelerator has it, or there is none.
     """
 
     accelerator: Accelerator
@@ -82,6 +86,7 @@ class Training:
     step: int = 0
     metrics_wait: bool = False
     watch: RankWatch | None = None
+    loss_scale: LossScale | None = None
 
     def __enter__(self) -> "Training":
         self.watch = RankWatch(self.ranks, timeout=self.config.rank_timeout, on_lost=self._lost)
@@ -130,6 +135,7 @@ class Training:
                 )
         load_model_state(self.accelerator, self.module, tensors["model"])
         load_optimizer_state(self.accelerator, self.module, self.optimizer, tensors["optimizer"])
+        load_scale(self.accelerator, self.loss_scale, self.optimizer.optimizer, state.get("loss_scale", {}))
         if len(tensors["rng"]) == self.ranks.world_size:
             set_rng_state(tensors["rng"][self.ranks.rank])
         self.extra.update(state["extra"])
@@ -157,6 +163,7 @@ class Training:
                 "extra": deepcopy(self.extra),
                 "identity": self.identity,
                 "world_size": self.ranks.world_size,
+                "loss_scale": scale_state(self.accelerator, self.loss_scale),
                 "metrics": {metric: self.run.latest[metric]} if metric in self.run.latest else {},
             }
             self.saver.submit(step, tensors, state)
@@ -183,6 +190,17 @@ class Training:
         )
 
 
+def compute_deterministically() -> None:
+    """Take GPU kernels that give the same bits every time, where torch has them; a warning names those it has not."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    # the backward of the fast attention kernels adds up in any order; the plain one does not
+    for kernel in ("flash", "mem_efficient", "cudnn"):
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(False)
+
+
 def start_training(
     module: nn.Module,
     *,
@@ -207,14 +225,18 @@ def start_training(
         InputError: the run folder belongs to another config, its last three attempts died at one step, or optimiser
             and launcher do not go together.
     """
-    optimizer = build_optimizer(module, config.optim, accelerator=accelerator)
     loop = config.loop
+    if loop.deterministic and accelerator.device.type == "cuda":
+        compute_deterministically()
+    optimizer = build_optimizer(module, config.optim, accelerator=accelerator)
     retention = Retention.parse(last=loop.keep_checkpoints, every=loop.keep_every, best=loop.keep_best)
     ranks.on_main(lambda: _claim(run, resolved, loop))
     local_batch = batch_size // ranks.world_size
-    configure_deepspeed(accelerator, module, local_batch=local_batch, clip_norm=config.optim.clip_norm)
+    loss_scale = configure_deepspeed(accelerator, module, local_batch=local_batch, clip_norm=config.optim.clip_norm)
     prepared, prepared_optimizer = accelerator.prepare(module, optimizer)
     prepared.train()
+    if loss_scale is not None:
+        loss_scale.attach(prepared_optimizer.optimizer)
     tracker = saver = None
     if ranks.is_main:
         tracker = Tracker(run, backend=loop.tracker, project=loop.project, config=resolved)
@@ -237,6 +259,7 @@ def start_training(
         identity=identity,
         extra={},
         report=report if ranks.is_main else silent,
+        loss_scale=loss_scale,
     )
 
 

@@ -2,8 +2,8 @@
 
 Every rank keeps a connection to rank 0 in a thread of its own and says once a second which step it is in. A process
 that ends closes its connection, which is seen at once; one that is stopped or whose node is gone falls silent; one that
-hangs goes on talking, but its step does not. What is measured are this thread's own seconds, so a job that is
-suspended as a whole and woken again is not mistaken for a dead one.
+hangs goes on talking, but its step, its place and its pulse (`engine.pulse`) stand still. What is measured are this
+thread's own seconds, so a job that is suspended as a whole and woken again is not mistaken for a dead one.
 """
 
 import json
@@ -18,12 +18,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from engine.pulse import PULSE
 from engine.ranks import Ranks
 
 BEAT_S = 1.0
 # A rank that fails says so; the others may be about to raise the same error, and then end by themselves.
 FAILED_GRACE_S = 3.0
 INSIDE_STEP = "step"
+# Reading and writing checkpoints: what one rank does there while the others wait may take as long as the disk does.
+PATIENT = ("start", "saving")
 
 
 @dataclass
@@ -34,6 +37,8 @@ class _Peer:
     buffer: bytes = b""
     step: int = 0
     place: str = "start"
+    beats: int = 0
+    waits: bool = False
     first: bool = True
     silent_s: float = 0.0
     idle_s: float = 0.0
@@ -52,17 +57,23 @@ class _Peer:
         if "left" in message:
             self.left = str(message["left"])
         if "step" in message:
-            now = (int(str(message["step"])), str(message["place"]))
-            if now != (self.step, self.place):
-                self.idle_s, (self.step, self.place) = 0.0, now
-            self.first = bool(message["first"])
+            now = (int(str(message["step"])), str(message["place"]), int(str(message["beats"])))
+            if now != (self.step, self.place, self.beats):
+                self.idle_s, (self.step, self.place, self.beats) = 0.0, now
+            self.first, self.waits = bool(message["first"]), bool(message["waits"])
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the rank may be waiting for others: inside a step, or, in an evaluation, inside an exchange."""
+        return self.place == INSIDE_STEP or (self.waits and self.place not in PATIENT)
 
 
 class RankWatch:
     """The watch of one rank. On one rank, or with a timeout of 0, it does nothing.
 
     Args:
-        timeout: seconds in which no rank makes progress while some wait inside a step for others that do not.
+        timeout: seconds in which no rank makes progress while some wait, inside a step or an evaluation's exchange, for
+            others that do not.
         on_lost: called in the watch's thread with one line about what happened; must end the process.
     """
 
@@ -78,7 +89,7 @@ class RankWatch:
             self._start()
 
     def at(self, step: int, place: str) -> None:
-        """Say where this rank is: after `step` steps, `step`, `data`, `hooks`, `saving`, ... ."""
+        """Say where this rank is: after `step` steps, `step`, `data`, `hooks`, `evaluator knn`, `saving`, ... ."""
         self.first = self.first and not (self.place == INSIDE_STEP and step > self.step)
         self.step, self.place = step, place
 
@@ -120,7 +131,8 @@ class RankWatch:
             self._thread.start()
 
     def _beat(self) -> dict[str, object]:
-        return {"step": self.step, "place": self.place, "first": self.first}
+        here = {"step": self.step, "place": self.place, "first": self.first}
+        return here | {"beats": PULSE.beats, "waits": self.ranks.waits}
 
     def _follow(self, connection: socket.socket) -> None:
         """Ranks but the first: talk to rank 0, and listen to its verdict."""
@@ -199,16 +211,17 @@ class RankWatch:
             peer.silent_s += BEAT_S if peer is not own else 0
             if peer.silent_s > self.silence:
                 return self._obituary(peer, lost=False)
-        waiting = [peer for peer in present if peer.place == INSIDE_STEP]
+        waiting = [peer for peer in present if peer.waiting]
         if not waiting or min(peer.idle_s for peer in present) < self.timeout:
             return ""
-        absent = [peer for peer in present if peer.place != INSIDE_STEP or peer.step < max(p.step for p in waiting)]
+        absent = [peer for peer in present if not peer.waiting or peer.step < max(p.step for p in waiting)]
         if absent:
             names = ", ".join(f"rank {p.rank} (after step {p.step}, in {p.place})" for p in absent)
             return f"{names} made no progress for {self.timeout:.0f} s while {len(waiting)} of the others waited"
         if any(peer.first for peer in present):  # the first step compiles, and may take as long as it likes
             return ""
-        return f"no rank finished the step after step {own.step} within {self.timeout:.0f} s: all are inside it"
+        where = "the step" if own.place == INSIDE_STEP else own.place
+        return f"no rank finished {where} after step {own.step} within {self.timeout:.0f} s: all are inside it"
 
     def _obituary(self, peer: _Peer, *, lost: bool) -> str:
         # the ranks keep step, so this one's own number is nearer than what was heard up to a second ago

@@ -140,6 +140,7 @@ class _NTXent(torch.autograd.Function):
             total[rows] *= (largest[rows] - now).exp_()
             total[rows] += logits.sub_(now.unsqueeze(1)).exp_().sum(1)
             largest[rows] = now
+            del logits  # else two tiles are held while the next is made
         lse = largest + total.log()
         losses = lse - (scaled * _partners(local)).sum(1)
         if mask is not None:
@@ -166,6 +167,7 @@ class _NTXent(torch.autograd.Function):
                     share.mul_(columns[cols])
                 share.addcmul_(logits.sub_(all_lse[cols]).exp_(), all_weights[cols])
                 result[rows].addmm_(share, everyone[cols])
+                del logits, share
         if mask is not None:
             result = torch.where(mask.unsqueeze(1), result, 0.0)
         return result.div_(context.temperature), None, None, None, None

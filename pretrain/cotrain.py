@@ -21,8 +21,10 @@ from engine.ranks import Ranks
 from pretrain.batch_statistics import kept_statistics
 from pretrain.config import Config
 from pretrain.data import Batch, ViewDataset, view_batches
+from pretrain.diagnostics import gradient_norms
+from pretrain.micro_batch import split_batch
 from pretrain.model import StudentOutput
-from pretrain.objective import Objective, attention_objective
+from pretrain.objective import GRADIENT_IMAGES, MAIN_GRADIENT, Objective, attention_objective
 from shards.gaze import check_gaze, gaze_sigma, parse_target
 from shards.reader import BadSample, ShardSet, Stored
 
@@ -82,23 +84,39 @@ class CoTraining:
             if index == 0:
                 scalars = self.objective(batch.images, step=step, backward=backward)
             else:
-                attention, terms = self._gaze_pass(batch.gaze, backward=backward)
+                main_gradient = scalars.pop(MAIN_GRADIENT, None)
+                attention, terms = self._gaze_pass(batch.gaze, backward=backward, main_gradient=main_gradient)
                 weighted = self.objective.config.attention.weight * attention
                 scalars |= {"loss": scalars["loss"] + weighted, "attention": attention, **terms}
         return scalars
 
-    def _gaze_pass(self, batch: Batch, *, backward: Backward) -> tuple[Tensor, dict[str, Tensor]]:
+    def _gaze_pass(
+        self, batch: Batch, *, backward: Backward, main_gradient: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The attention loss and its terms; with the norm of the other loss's gradient, `gradient_ratio` among them."""
         objective = self.objective
         batch = batch.to(objective.device)
         assert batch.maps is not None
         batch = replace(batch, valid=batch.valid & ~is_constant(batch.maps))
+        images = objective.prepare(batch)
+        ratio = {} if main_gradient is None else {"gradient_ratio": self._gradient(batch, images) / main_gradient}
         with kept_statistics(objective.module):
-            output: StudentOutput = objective.module(objective.prepare(batch))
+            output: StudentOutput = objective.module(images)
         attention, terms = attention_objective(output.attention, batch, objective.config.attention)
         assert output.embeddings is not None
         # DDP waits for the gradient of every weight in the pass that exchanges them: the projector's is zero
         backward(objective.config.attention.weight * attention + 0.0 * output.embeddings.float().sum())
-        return attention.detach(), terms
+        return attention.detach(), terms | ratio
+
+    def _gradient(self, batch: Batch, images: Tensor) -> Tensor:
+        """Norm of the gradient of lambda L_attn of the first gaze images with respect to the trunk's parameters."""
+        config, few = self.objective.config.attention, split_batch(batch, GRADIENT_IMAGES)[0]
+        norms = gradient_norms(
+            self.objective.module,
+            images[: len(few.valid)],
+            lambda output: {"attention": config.weight * attention_objective(output.attention, few, config)[0]},
+        )
+        return norms["attention"]
 
 
 def open_gaze(config: Config, *, world_size: int) -> GazeShards:

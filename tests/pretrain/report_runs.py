@@ -58,6 +58,7 @@ def write_student(
     top1: float = 60.0,
     corruptions: tuple[str, ...] = COMMON,
     gaze: Path | None = None,
+    imagenet: bool = True,
     **config: Any,
 ) -> Path:
     """A finished, probed student; numbers follow from `top1` and `seed`.
@@ -65,6 +66,7 @@ def write_student(
     Args:
         corruptions: those that imagenet_c has measured.
         gaze: shards with human gaze; with them there are maps and NSS by image.
+        imagenet: whether the sets that it was measured on have ImageNet's sizes.
         config: changes of its config, by top-level key.
     """
     folder = runs / name
@@ -89,12 +91,14 @@ def write_student(
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     metrics = {"train/loss": 0.009, "time/images_per_s": 600.0, "time/data_wait": 0.01, **_scores(top1)}
-    protocols = {name: _protocol(name, seed) for name in ("linear_probe", "knn", "alignment", "retrieval")}
+    protocols = {
+        name: _protocol(name, seed, imagenet=imagenet) for name in ("linear_probe", "knn", "alignment", "retrieval")
+    }
     if corruptions:
         errors = {c: {s: 0.3 + 0.01 * ALL.index(c) + 0.05 * s for s in SEVERITIES} for c in corruptions}
         found, state = summarise(errors, clean=1 - top1 / 100, alexnet=True)
         metrics |= {f"imagenet_c/{key}": value for key, value in found.items()}
-        protocols["imagenet_c"] = _protocol("imagenet_c", seed) | state
+        protocols["imagenet_c"] = _protocol("imagenet_c", seed, imagenet=imagenet) | state
     if gaze is not None:
         _write_maps(folder / "probe", gaze, strength=top1)
     curve = {"recall": [0.0, 0.5, 1.0], "precision": [0.9, top1 / 100, 0.1]}
@@ -137,8 +141,9 @@ def _scores(top1: float) -> dict[str, float]:
     }
 
 
-def _protocol(name: str, seed: int) -> dict[str, Any]:
-    sets = {"val": {"samples": 500, "digest": "ef" * 32}}
+def _protocol(name: str, seed: int, *, imagenet: bool) -> dict[str, Any]:
+    sizes = {"train": 1_281_166, "val": 50_000} if imagenet else {"train": 9469, "val": 3925}
+    sets = {} if name == "alignment" else {k: {"samples": v, "digest": "ef" * 32} for k, v in sizes.items()}
     return {"encoder": f"{seed:02d}" * 32, "commit": "0123456789ab", "seed": 0, **sets} | (
         {"k": 200, "temperature": 0.1} if name == "knn" else {}
     )

@@ -103,6 +103,23 @@ def test_the_others_stop_and_name_the_rank(
     assert jsonl(run / "attempts.jsonl")[-1]["failed"] is True
 
 
+def test_a_rank_that_hangs_inside_an_evaluation_is_named(
+    student_config: Callable[..., Path], tiny_sample: TinySample, tmp_path: Path
+) -> None:
+    """Rank 1 hangs in kNN's votes; rank 0 waits for it in the next evaluator's first exchange, no longer than said."""
+    online: dict[str, Any] = {"evaluators": "knn,alignment", "every_steps": 2, "options": {"knn.k": 5}}
+    online |= {"val": str(tiny_sample.val), "gaze": str(tiny_sample.gaze)}
+    config = student_config(loop__rank_timeout=4, **{f"online__{name}": value for name, value in online.items()})
+    before = At("pretrain.evaluators.knn.knn_scores", 1, "hang")
+    started = start(config, world_size=2, before=before, only_rank=1)
+    started.processes[0].join(timeout=240)
+    output, code = started.output(0), started.processes[0].exitcode
+    started.kill()
+    words = "rank 1 (after step 2, in evaluator knn) made no progress for 4 s while 1 of the others waited"
+    assert code == 1 and words in output and "Traceback" not in output, output[-3000:]
+    assert words in json.loads((tmp_path / "runs" / "student" / "exit.json").read_text())["reason"]
+
+
 @pytest.mark.parametrize(("ranks", "zero", "fused"), [(1, 0, True), (1, 0, False), (2, 0, False), (2, 2, False)])
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(
     student_config: Callable[..., Path], tmp_path: Path, ranks: int, zero: int, fused: bool

@@ -10,7 +10,8 @@ from PIL import Image
 
 from attention.maps import crop_mass, warp
 from pretrain.config import ViewsConfig
-from pretrain.views import cut_views, draw_views
+from pretrain.views import ViewCutter, draw_views
+from shards.decode import image_header
 
 GRID = 56
 
@@ -43,7 +44,8 @@ def test_a_delta_lands_on_the_same_pixel_as_the_image_content(
     box = torch.tensor([[top, left, tall, wide]])
     assert crop_mass(density, box).item() > 0.99
     out = np.empty((1, size, size, 3), dtype=np.uint8)
-    cut_views(buffer.getvalue(), [crop.tolist()], flip.tolist(), stored=(height, width), out=out)
+    data = buffer.getvalue()
+    ViewCutter(size).cut(data, image_header(data), [crop.tolist()], flip.tolist(), out=out)
     pixels = out[0].astype(float).mean(-1)
     moved = warp(density, box, torch.from_numpy(flip), (size, size))[0].numpy()
     found = [centre_of(np.where(m > 0.2 * m.max(), m, 0)) for m in (pixels, moved)]

@@ -60,12 +60,6 @@ def test_fp16_needs_a_gpu(student_config: Callable[..., Path]) -> None:
     assert "precision fp16 needs a GPU" in pretrain(student_config(precision="fp16"), code=2)
 
 
-def test_fp16_is_refused_under_zero(student_config: Callable[..., Path]) -> None:
-    variables = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
-    output = pretrain(student_config(precision="fp16"), code=2, zero=2, environment=variables)
-    assert "fp16 under DeepSpeed ZeRO" in output and "set precision to bf16" in output
-
-
 def test_zero_without_a_stage_is_refused(student_config: Callable[..., Path]) -> None:
     variables = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}
     output = pretrain(student_config(), code=2, zero=1, environment=variables)

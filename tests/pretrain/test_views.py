@@ -17,8 +17,8 @@ from pretrain.config import ViewsConfig
 from pretrain.data import ViewDataset, find_label_set
 from pretrain.philox import philox
 from pretrain.reuse import ArrayPool
-from pretrain.views import BLUR, GREY, ORDER, Views, cut_views, draw_views
-from shards.decode import decode_rgb
+from pretrain.views import BLUR, GREY, ORDER, ViewCutter, Views, draw_views, quick_kernels
+from shards.decode import decode_rgb, image_header
 from shards.reader import ShardSet, Stored
 from tests.conftest import TinySample
 
@@ -130,7 +130,10 @@ def cut(
 ) -> np.ndarray:
     """The views of one image, written among others that must stay as they are."""
     images = np.full((len(crops), 3, size, size, 3), 7, dtype=np.uint8)
-    cut_views(data, crops, [flip] * len(crops), stored=stored, out=images[:, 1])
+    header = image_header(data)
+    assert header[:2] == stored
+    with quick_kernels():
+        ViewCutter(size).cut(data, header, crops, [flip] * len(crops), out=images[:, 1])
     assert (images[:, ::2] == 7).all()
     return images[:, 1].astype(float)
 
@@ -183,8 +186,11 @@ def test_scaled_decoding_changes_little_and_extreme_images_work() -> None:
         crops = draw([0], size=stored).crops[:, 0].tolist()
         out = cut(jpeg(np.full((*stored, 3), 77, np.uint8)), crops, stored=stored, size=8)
         assert np.abs(out - 77).max() <= 1
+    whole = jpeg(np.full((20, 30, 3), 77, np.uint8))
     with pytest.raises(ValueError, match=r".+"):
-        cut(b"no image", [(0, 0, 1, 1)], stored=(1, 1), size=8)
+        ViewCutter(8).cut(
+            whole[:-200], image_header(whole), [(0, 0, 9, 9)], [False], out=np.empty((1, 8, 8, 3), np.uint8)
+        )
 
 
 def dataset_of(images: Path, labels: Path) -> ViewDataset:
@@ -203,7 +209,7 @@ def test_a_sample_is_the_same_whatever_batch_it_comes_in(tiny_sample: TinySample
             assert torch.equal(getattr(alone, field)[:, 0], getattr(batch, field)[:, number]), field
             assert torch.equal(getattr(batch, field)[:, number], getattr(batch, field)[:, number + 8]), field
         assert batch.labels[number] == sample.label and batch.valid[number]
-        assert batch.maps is not None and np.array_equal(batch.maps[number].numpy(), sample.map)
+        np.testing.assert_allclose(batch.densities()[number], sample.map, rtol=1e-6)
         pixels = decode_rgb(sample.image)
         for view in range(2):
             top, left, tall, wide = (batch.boxes[view, number].double() * 64).round().int().tolist()
