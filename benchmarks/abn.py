@@ -78,6 +78,7 @@ def main() -> None:
     figures |= _speed(options)
     report(
         "abn",
+        by_machine=False,
         figures=figures,
         environment=environment(seeds=seeds, budget=options.budget, precision=options.precision, device=_device_name()),
         title="Attention branch network with mining branch and given maps on CUB-200-2010",

@@ -49,6 +49,7 @@ def main() -> None:
         tables.append(study_page(recipes))
     report(
         "attention_supervision",
+        by_machine=False,
         figures=figures,
         environment=environment(seeds={recipe.task: list(recipe.seeds) for recipe in recipes}),
         title="Attention supervision: surrogates mined from the model itself",

@@ -55,11 +55,18 @@ def ratio_of_pairs(ours: list[float], theirs: list[float]) -> float:
 
 
 def report(
-    name: str, *, figures: Mapping[str, float], environment: Mapping[str, Any], title: str, notes: str, table: str = ""
+    name: str,
+    *,
+    figures: Mapping[str, float],
+    environment: Mapping[str, Any],
+    title: str,
+    notes: str,
+    table: str = "",
+    by_machine: bool = True,
 ) -> None:
     """Write `results/NAME.json` and `.md`, and print the result as one line of JSON.
 
-    What a machine with a GPU measured goes to `results/gpu/`, beside what a machine without one did.
+    Speeds and memory that a machine with a GPU measured go to `results/gpu/`, beside those of a machine without one.
 
     Args:
         name: of the benchmark.
@@ -68,12 +75,13 @@ def report(
         title: headline of the page.
         notes: what was measured on what, in Markdown.
         table: further tables, in Markdown.
+        by_machine: the figures are of the machine; false for accuracies, which any machine may find.
     """
     result = {"benchmark": name, "figures": dict(figures), "environment": dict(environment)}
     rows = "\n".join(f"| {figure} | {value:.4g} |" for figure, value in figures.items())
     facts = "\n".join(f"- {key}: {value}" for key, value in environment.items())
     parts = [f"# {title}", notes, f"| Figure | Value |\n|---|---|\n{rows}", table, f"Measured with:\n\n{facts}"]
-    folder = RESULTS / "gpu" if torch.cuda.is_available() else RESULTS
+    folder = RESULTS / "gpu" if by_machine and torch.cuda.is_available() else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n\n".join(part for part in parts if part) + "\n")
     (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")

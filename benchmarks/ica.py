@@ -56,6 +56,7 @@ def main() -> None:
         facts[name] = {key: tasks[name].facts[key] for key in ("sizes", "split", "grid", "vocabulary")}
     report(
         "ica",
+        by_machine=False,
         figures=figures,
         environment=environment(seeds=options.seeds, trained_on=_devices(configs), **facts),
         title="Captioning with the ICA loss",
