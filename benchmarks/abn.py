@@ -186,8 +186,9 @@ def _say(line: str) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """One thread a process: the processes are the parallelism."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """One thread a process: the processes are the parallelism. The repository is importable without being installed."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def _figures(rows: list[Row], setting: str, *, first: bool) -> dict[str, float]:

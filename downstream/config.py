@@ -52,7 +52,8 @@ class ImageConfig:
     """Image classifier with spatial attention."""
 
     encoder: Path | None = None
-    """An `encoder/` folder of a pretraining run; null for the small network from scratch."""
+    """An `encoder/` folder of a pretraining run, or timm:NAME for question answering and captioning, whose weights are
+    vqa.weights or caption.weights; null for the small network from scratch."""
     frozen: bool = True
     """Keep a given encoder's weights as they are."""
     channels: PositiveInt = 32
@@ -111,7 +112,7 @@ class DataConfig:
     """What is read."""
 
     path: Path = Path("data/trec6")
-    """The data set: a folder with TREC.train and TREC.test; image shards; a VQA folder."""
+    """The data set: a folder with TREC.train and TREC.test; image shards; a folder of VQA or of captions."""
     val: Path | None = None
     """Image shards to test on, for tasks that read shards."""
     batch_size: PositiveInt = 32
@@ -159,7 +160,8 @@ class DownstreamConfig:
     task: TaskName = "trec6"
     """What is learnt."""
     arm: str = "mmd"
-    """baseline, an attention loss (mse, coral, mmd, adversarial, ...), several with commas, or all (`arms`)."""
+    """One arm, several with commas, or all (`arms`): baseline or an attention loss (mse, coral, mmd, adversarial, ...);
+    task abn: baseline, mining, maps, mining+maps; task caption: baseline, ica, ica_middle, ica_zero, kld, ..."""
     arms: list[str] = field(default_factory=lambda: ["baseline", "coral", "mse", "mmd", "adversarial"])
     """The arms that "all" means."""
     seed: int = 0
@@ -169,9 +171,9 @@ class DownstreamConfig:
     epochs: PositiveFloat = 10.0
     """Epochs of the first step, before mining."""
     retrain_epochs: PositiveFloat = 10.0
-    """Epochs of the second step, the same for every arm; the baseline is not supervised."""
+    """Epochs of the second step, the same for every arm; the baseline is not supervised. Captioning has one step."""
     restart: bool = False
-    """Begin the second step from random weights, the baseline too, instead of the first step's best."""
+    """Begin the second step from random weights, the baseline too, instead of the first step's."""
     precision: Precision = "no"
     """Mixed precision."""
     data: DataConfig = field(default_factory=DataConfig)

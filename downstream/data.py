@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from downstream.protocol import Examples, Inputs, Task
 from engine.loading import make_loader
 from engine.settings import LoopConfig
 from shards.order import SampleOrder, StepBatches
+
+BatchT = TypeVar("BatchT")
 
 
 @dataclass
@@ -68,26 +71,32 @@ class ExampleDataset(Dataset[Batch]):
 
 
 def training_batches(
-    dataset: ExampleDataset,
+    dataset: Dataset[BatchT],
     *,
+    count: int,
     batch_size: int,
     seed: int,
-    loop: LoopConfig,
+    num_workers: int,
     rank: int,
     world_size: int,
     start_step: int,
     stop_step: int,
-) -> Iterator[Batch]:
-    """This rank's batches of steps `start_step` to `stop_step`, in the exact elastic order of `shards/order.py`."""
+) -> Iterator[BatchT]:
+    """This rank's batches of steps `start_step` to `stop_step`, in the exact elastic order of `shards/order.py`.
+
+    Args:
+        dataset: reads a batch of positions (epoch, shard, row) per call.
+        count: its rows, all in shard 0.
+    """
     steps = StepBatches(
-        SampleOrder(np.array([len(dataset.examples)]), seed=seed, window=1),
+        SampleOrder(np.array([count]), seed=seed, window=1),
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
         start_step=start_step,
         stop_step=stop_step,
     )
-    return iter(make_loader(dataset, steps, num_workers=loop.num_workers))
+    return iter(make_loader(dataset, steps, num_workers=num_workers))
 
 
 def place(task: Task, device: torch.device, *, loop: LoopConfig) -> None:

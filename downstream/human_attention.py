@@ -56,7 +56,7 @@ def evaluate_run(config: HatConfig) -> Agreement:
             questions.
     """
     if find_spec("ot") is None:
-        raise InputError("the earth mover's distance needs POT: pip install 'saccade[vqa]' (or: pip install POT)")
+        raise InputError("the earth mover's distance needs POT: pip install -e '.[vqa]' (or: pip install POT)")
     run = RunFolder(config.run)
     settings = read_stage_config(run)
     if not run.read_summary():

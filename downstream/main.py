@@ -28,11 +28,13 @@ def check(config: DownstreamConfig) -> list[str]:
         from downstream.captioning.trainer import check_captioning
 
         return check_captioning(config)
-    if config.task != "abn":
-        return []
-    from downstream.branch.pipeline import check as check_branch
+    if config.task == "abn":
+        from downstream.branch.pipeline import check_branch
 
-    return check_branch(config)
+        return check_branch(config)
+    from downstream.pipeline import check_pipeline
+
+    return check_pipeline(config)
 
 
 if __name__ == "__main__":

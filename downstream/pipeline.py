@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attention.supervision import SUPERVISION
+from downstream.arms import named_arms
 from downstream.config import DownstreamConfig, SupervisionConfig
 from downstream.data import place
 from downstream.miner import Surrogates, mine
@@ -32,12 +33,7 @@ def arms_of(config: DownstreamConfig) -> list[str]:
     Raises:
         InputError: an arm that does not exist, with those that do.
     """
-    chosen = config.arms if config.arm == "all" else [name.strip() for name in config.arm.split(",")]
-    known = ("baseline", ADVERSARIAL, *sorted(SUPERVISION))
-    unknown = [name for name in chosen if name not in known]
-    if unknown or not chosen:
-        raise InputError(f"arm '{config.arm}': {unknown or 'none'} not known; take from all, {', '.join(known)}")
-    return chosen
+    return named_arms(config, ("baseline", ADVERSARIAL, *sorted(SUPERVISION)))
 
 
 def modalities_of(config: DownstreamConfig, task: Task) -> list[str]:
@@ -71,6 +67,29 @@ def run_pipeline(config: DownstreamConfig) -> dict[tuple[str, int], dict[str, fl
             results[arm, seed] = pipeline.second_step(config, arm, seed).read_summary()["metrics"]
     pipeline.ranks.on_main(lambda: write_table(config, pipeline.task, results))
     return results
+
+
+def check_pipeline(config: DownstreamConfig) -> list[str]:
+    """What `--check` prints: arms, modalities, examples and launcher; features of an encoder are not computed.
+
+    Raises:
+        InputError: see `arms_of` and `Pipeline.open`.
+    """
+    check_run_name(config.run)
+    arms = f"run: {config.seeds} seed(s) of {FIRST_STEP} and {', '.join(arms_of(config))}"
+    if config.task == "vqa":
+        if not config.data.path.is_dir():
+            raise InputError(f"data.path {config.data.path} is no folder: give that of VQA's JSON files and images")
+        return [arms, f"data: {config.data.path}, read when it runs, as an encoder's features may take hours"]
+    accelerator = build_accelerator(precision=config.precision, seed=config.seed)
+    task = open_task(config)
+    sizes = {"train": len(task.train), "held out": len(task.held_out), "test": len(task.test)}
+    return [
+        f"launcher: {accelerator.num_processes} rank(s), {accelerator.distributed_type.value}, on {accelerator.device}",
+        f"data: {', '.join(f'{count} {part}' for part, count in sizes.items())} examples; attention over "
+        f"{', '.join(modalities_of(config, task))} is supervised",
+        arms,
+    ]
 
 
 @dataclass
@@ -112,8 +131,8 @@ class Pipeline:
     def second_step(self, config: DownstreamConfig, arm: str, seed: int) -> RunFolder:
         """Train one arm; its first step and surrogates must be there or are made."""
         run = stage_folder(config, arm=arm, seed=seed)
-        if self.ranks.broadcast(bool(run.read_summary())):
-            return run
+        if self.ranks.broadcast(bool(run.read_summary())):  # which needs no surrogates
+            return train_stage(self.task, config, Stage(arm, seed, config.retrain_epochs), ranks=self.ranks)
         first = self.first_step(config, seed)
         stage = Stage(arm, seed, config.retrain_epochs, start=None if config.restart else best_weights(first))
         if arm != "baseline":

@@ -1,7 +1,7 @@
 """One stage of a fine-tune as a run of its own: train, choose the epoch on the held-out part, test."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,11 @@ from downstream.data import ExampleDataset, rows_of_rank, training_batches
 from downstream.objective import Learner, SupervisedObjective, classification_score
 from downstream.protocol import AttentionModel, Examples, Task
 from engine.environment import environment
+from engine.errors import InputError
 from engine.files import atomic_write
 from engine.launch import build_accelerator
-from engine.loop import Training, fit, start_training
-from engine.plan import plan_steps
+from engine.loop import FREE_KEYS, Training, fit, start_training
+from engine.plan import Plan, plan_steps
 from engine.program import config_from_dict, config_to_dict
 from engine.ranks import Ranks
 from engine.runs import RunFolder
@@ -26,6 +27,7 @@ from engine.state import unwrap
 
 FIRST_STEP = "step1"
 BEST = "best.safetensors"
+ORDER_OFFSET = 1_000_003  # of the second step's seed
 EVALUATION_BATCH = 512
 
 
@@ -53,6 +55,43 @@ def stage_folder(config: DownstreamConfig, *, arm: str, seed: int) -> RunFolder:
     return RunFolder(config.runs / f"{table}-{arm}-seed{seed}")
 
 
+def stage_plan(config: DownstreamConfig, *, epochs: float, num_samples: int, world_size: int) -> Plan:
+    """Steps of one stage."""
+    return plan_steps(
+        batch_size=config.data.batch_size,
+        epochs=epochs,
+        max_steps=None,
+        num_samples=num_samples,
+        world_size=world_size,
+        data=config.data.path,
+    )
+
+
+def check_finished(
+    run: RunFolder,
+    resolved: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    names: Sequence[str] = ("sha256",),
+    free: frozenset[str] = frozenset(),
+) -> None:
+    """Refuse to take a finished stage of another config or of other data for this one.
+
+    Args:
+        resolved: as `start_training` got it.
+        facts: of the data.
+        names: of the facts that must be the same.
+        free: dotted keys of the config that may differ, besides those that may change in any run.
+
+    Raises:
+        InputError: it is another one.
+    """
+    run.claim(resolved, free=FREE_KEYS | free)
+    before = run.read_summary()["data"]
+    if any(before.get(name) != facts.get(name) for name in names):
+        raise InputError(f"{run.path} was trained or tested on other data: choose another --run, or remove that folder")
+
+
 def best_weights(run: RunFolder) -> dict[str, Tensor]:
     """Weights of a finished stage's best epoch."""
     return load_file(run.path / BEST)
@@ -71,10 +110,11 @@ def train_stage(task: Task, config: DownstreamConfig, stage: Stage, *, ranks: Ra
     """Train one stage, or go on with it; a finished one is left as it is.
 
     Raises:
-        InputError: see `start_training`; Requeue: stopped on request with a checkpoint.
+        InputError: see `start_training` and `check_finished`; Requeue: stopped on request with a checkpoint.
     """
     run = stage_folder(config, arm=stage.arm, seed=stage.seed)
     if ranks.broadcast(bool(run.read_summary())):
+        ranks.on_main(lambda: check_finished(run, _resolved(config, stage), task.facts, free=_free(config, stage)))
         return run
     accelerator = build_accelerator(precision=config.precision, seed=stage.seed)
     model = task.build_model()
@@ -82,14 +122,7 @@ def train_stage(task: Task, config: DownstreamConfig, stage: Stage, *, ranks: Ra
         model.load_state_dict(stage.start)
     supervised = {name: task.modalities[name] for name in stage.maps or {}}
     learner = Learner(model, arm=stage.arm, modalities=supervised)
-    plan = plan_steps(
-        batch_size=config.data.batch_size,
-        epochs=stage.epochs,
-        max_steps=None,
-        num_samples=len(task.train),
-        world_size=ranks.world_size,
-        data=config.data.path,
-    )
+    plan = stage_plan(config, epochs=stage.epochs, num_samples=len(task.train), world_size=ranks.world_size)
     training = start_training(
         learner,
         accelerator=accelerator,
@@ -106,6 +139,13 @@ def train_stage(task: Task, config: DownstreamConfig, stage: Stage, *, ranks: Ra
         _learn(training, learner, task, config, stage, every=math.ceil(plan.steps_per_epoch))
         _finish(training, task, stage)
     return run
+
+
+def _free(config: DownstreamConfig, stage: Stage) -> frozenset[str]:
+    """Keys in which a finished stage may differ: what does not bear on it, or what another table's name asks for."""
+    if stage.arm == FIRST_STEP and config.first:
+        return frozenset({"optim", "epochs", "precision"})
+    return frozenset({"supervision"} if stage.arm == "baseline" else ())
 
 
 def _learn(
@@ -127,10 +167,11 @@ def _learn(
     )
     batches = training_batches(
         ExampleDataset(task.train, maps=_beside(task.train, stage.maps or {}), use=dict(stage.use or {})),
+        count=len(task.train),
         batch_size=config.data.batch_size,
         # another order than the first step's, the same for every arm
-        seed=stage.seed if stage.arm == FIRST_STEP else stage.seed + 1_000_003,
-        loop=config.loop,
+        seed=stage.seed if stage.arm == FIRST_STEP else stage.seed + ORDER_OFFSET,
+        num_workers=config.loop.num_workers,
         rank=ranks.rank,
         world_size=ranks.world_size,
         start_step=start,

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import ttest_rel
-
 from downstream.config import DownstreamConfig
 from downstream.gallery import add_gallery
+from downstream.paired import markdown_table, paired_gain, spread
 from downstream.protocol import Task
 from downstream.stage import FIRST_STEP, stage_folder
 from engine.files import atomic_write
@@ -58,16 +57,9 @@ def tabulate(results: Results, *, task: str) -> list[Row]:
     rows = []
     for arm, scores in by_arm.items():
         values = list(scores.values())
-        shared = [seed for seed in scores if seed in baseline]
-        gain = p_value = None
-        if arm != "baseline" and shared:
-            ours, theirs = [scores[s] for s in shared], [baseline[s] for s in shared]
-            gain = statistics.mean(ours) - statistics.mean(theirs)
-            if len(shared) > 1 and ours != theirs:
-                p_value = float(ttest_rel(ours, theirs).pvalue)
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        gain, p_value = (None, None) if arm == "baseline" else paired_gain(scores, baseline)
         paper = PAPER.get(task, {}).get(arm)
-        rows.append(Row(arm, len(values), statistics.mean(values), spread, gain, p_value, paper))
+        rows.append(Row(arm, len(values), statistics.mean(values), spread(values), gain, p_value, paper))
     return rows
 
 
@@ -93,9 +85,8 @@ def write_table(config: DownstreamConfig, task: Task, results: Results) -> None:
     page.heading("Where the numbers came from")
     page.code("\n".join(f"{name}: {value}" for name, value in {**task.facts, **_protocol(config, seeds)}.items()))
     page.write(folder.path / "report" / "index.html")
-    lines = [f"# {config.run}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in cells]
-    atomic_write(folder.path / "report" / "summary.md", ("\n".join(lines) + "\n").encode())
+    text = f"# {config.run}\n\n{markdown_table(columns, cells)}\n"
+    atomic_write(folder.path / "report" / "summary.md", text.encode())
     for row in rows:
         report("  ".join(f"{text:>14}" for text in _cells(row)))
     report(f"report: {folder.path / 'report' / 'index.html'}")

@@ -5,7 +5,25 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+
+from engine.errors import InputError
+from engine.launch import uses_deepspeed
+
+
+def check_average(decay: float, *, accelerator: Accelerator) -> None:
+    """Refuse a config's `ema` that would not average.
+
+    Raises:
+        InputError: a decay of 1; or a decay above 0 where weights do not lie whole on a rank.
+    """
+    if decay == 1:
+        raise InputError("ema 1.0 would keep the first random weights for ever: take e.g. 0.999, or 0 for no average")
+    if decay > 0 and uses_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise InputError(
+            "ema needs whole weights on every rank, and ZeRO 3 cuts them up: set it to 0, or zero_stage to 1 or 2"
+        )
 
 
 class Average(nn.Module):
@@ -15,7 +33,7 @@ class Average(nn.Module):
     taken in. Buffers (batch norm's running statistics, which are moving averages already) are not averaged.
 
     Args:
-        weights: trainable weights in the order of `named_parameters`; copied.
+        weights: the module's parameters in the order of `named_parameters`; those that are trained are copied.
         decay: in (0, 1); early on the average follows faster, see `update`.
     """
 
@@ -24,7 +42,7 @@ class Average(nn.Module):
         if not 0 < decay < 1:
             raise ValueError(f"decay must be between 0 and 1, got {decay}")
         self.decay, self.steps = decay, 0
-        copies = [weight.detach().float().clone() for weight in weights]
+        copies = [weight.detach().float().clone() for weight in weights if weight.requires_grad]
         self.weights = nn.ParameterList(nn.Parameter(copy, requires_grad=False) for copy in copies)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
 
+from engine.average import check_average
 from engine.errors import InputError
 from engine.launch import uses_deepspeed
 from pretrain.config import Config
@@ -14,19 +15,14 @@ def assemble_student(config: Config, *, num_classes: int, accelerator: Accelerat
     """The student with its memory format, synchronised batch norm and compilation, before the launcher gets it.
 
     Raises:
-        InputError: see `Student`; or an option that the device does not have.
+        InputError: see `Student` and `check_average`; or an option that the device does not have.
     """
     if config.sync_batch_norm and accelerator.device.type != "cuda":
         raise InputError(
             f"sync_batch_norm needs GPUs, and this runs on {accelerator.device.type}: set it to false; each rank's "
             f"batch norm then sees its own batch"
         )
-    if config.ema == 1:
-        raise InputError("ema 1.0 would keep the first random weights for ever: take e.g. 0.999, or 0 for no average")
-    if config.ema > 0 and _zero_stage(accelerator) == 3:
-        raise InputError(
-            "ema needs whole weights on every rank, and ZeRO 3 cuts them up: set it to 0, or zero_stage to 1 or 2"
-        )
+    check_average(config.ema, accelerator=accelerator)
     student = Student(config, num_classes=num_classes)
     if not uses_deepspeed(accelerator):  # it flattens the weights, and fails on those that are channels-last
         student = student.to(memory_format=memory_format(config))  # type: ignore[call-overload]
@@ -35,7 +31,3 @@ def assemble_student(config: Config, *, num_classes: int, accelerator: Accelerat
     if config.compile:
         student.compile()  # in place: the weights keep their names
     return student
-
-
-def _zero_stage(accelerator: Accelerator) -> int:
-    return int(accelerator.state.deepspeed_plugin.zero_stage) if uses_deepspeed(accelerator) else 0

@@ -1,44 +1,46 @@
 """The model in training and its moving average, one module."""
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
+from engine.average import Average
 from teacher.model import SaliencyModel
 
 
 class Teacher(nn.Module):
-    """The model that is trained and, with a decay above 0, its moving average beside it.
+    """The model that is trained and, with a decay above 0, the moving average of its weights beside it.
 
-    Both are in one module, so that checkpoints hold both.
+    Both are in one module, so that checkpoints hold both. The average, where there is one, is what is validated and
+    kept.
     """
 
     def __init__(self, model: SaliencyModel, *, decay: float) -> None:
         super().__init__()
-        self.model, self.decay = model, decay
-        self.average = copy.deepcopy(model).requires_grad_(False) if decay > 0 else None
-
-    @property
-    def chosen(self) -> SaliencyModel:
-        """The model that is validated and kept."""
-        return self.model if self.average is None else self.average
-
-    @property
-    def chosen_prefix(self) -> str:
-        """What the names of `chosen`'s weights begin with in this module's state."""
-        return "model." if self.average is None else "average."
+        self.model = model
+        self.average = Average(model.parameters(), decay=decay) if decay > 0 else None
 
     def forward(self, images: Tensor) -> Tensor:
         """See `SaliencyModel.forward`."""
         return self.model(images)
 
-    @torch.no_grad()
     def update_average(self, step: int) -> None:
-        """Move the average towards the weights after `step` steps; early on it follows faster."""
+        """Let the average take in the weights after `step` steps."""
         assert self.average is not None
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            mean.lerp_(value.to(mean.dtype), 1 - decay)
-        for kept, latest in zip(self.average.buffers(), self.model.buffers(), strict=True):
-            kept.copy_(latest)
+        self.average.update(self.model, step=step)
+
+    @contextmanager
+    def chosen(self) -> Iterator[SaliencyModel]:
+        """The model that is validated; within the context it has the averaged weights."""
+        if self.average is None:
+            yield self.model
+            return
+        with self.average.applied(self.model):
+            yield self.model
+
+    def chosen_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights and buffers of the model that is kept, from the `state` of this module."""
+        prefix = "model."
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        return own if self.average is None else self.average.averaged(self.model, own)

@@ -124,7 +124,7 @@ class Config:
     """Stop after this many validations in a row without a better one; 0 never does."""
     ema: ClosedUnitInterval = 0.0
     """Decay a step of an exponential moving average of the weights, which then is the teacher; 0 takes them as they
-    are, and 1 would never learn and is refused."""
+    are, and 1 would never learn and is refused. Not under ZeRO 3."""
     seed: int = 0
     """Seed of weights, order and augmentations."""
     precision: Precision = "no"

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,13 +14,17 @@ from engine.files import atomic_write
 from engine.progress import ProgressBar, report
 from shards.controls import CONTROLS, write_control
 from shards.labels import MAP, labels_complete, seal_labels, write_label_shard
+from shards.packing import available_cores
 from shards.reader import ShardSet
 
 SETTINGS = ".settings.json"
 NUM_NAMED = 20
 PENDING_SHARDS = 4
+# One thread compresses several thousand maps a second; more than a few wait for Python's lock.
+MAX_ENCODERS = 4
 
 PredictionT = TypeVar("PredictionT")
+Labels = list[tuple[str, bytes]]
 
 
 class LabelOptions(Protocol):
@@ -152,12 +157,21 @@ class ShardBatches:
                 yield [(shard, row) for row in range(start, min(start + self.batch_size, size))]
 
 
+def default_encoders() -> int:
+    """Encoding threads: half of this rank's cores, as the other half reads, and at least 1."""
+    cores = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(MAX_ENCODERS, cores // 2))
+
+
 class LabelWriter(Generic[PredictionT]):
-    """Takes images as a loader brings them, predicts, and has another thread encode and write whole shards.
+    """Takes images as a loader brings them and predicts in this thread; encodes whole batches in a few others, and
+    writes whole shards in one more. What is written does not depend on which batch is encoded first.
 
     Args:
-        encode: keys of a batch (None where unreadable) and its prediction to key and stored bytes.
+        encode: keys of a batch (None where unreadable) and its prediction to key and stored bytes; called in several
+            threads at once, so it may wait for a device that has not finished the batch.
         member: extension of what is written.
+        num_encoders: encoding threads; None chooses by the cores.
     """
 
     def __init__(
@@ -165,38 +179,65 @@ class LabelWriter(Generic[PredictionT]):
         images: ShardSet,
         directory: Path,
         *,
-        encode: Callable[[list[str | None], PredictionT], Iterator[tuple[str, bytes]]],
+        encode: Callable[[list[str | None], PredictionT], Iterable[tuple[str, bytes]]],
         member: str = MAP,
+        num_encoders: int | None = None,
     ) -> None:
         self.images, self.directory, self.encode, self.member = images, directory, encode, member
+        self.num_encoders = num_encoders or default_encoders()
+
+    @property
+    def max_batches(self) -> int:
+        """Batches that are predicted and not encoded yet, at most; the device goes on while they wait."""
+        return 2 * self.num_encoders + 1
 
     def write(
         self, shards: Sequence[int], loader: Iterable[LoadedImages], predict: Callable[[Any], PredictionT]
     ) -> list[str]:
-        """Label these shards. Returns key and reason of every image left without a label."""
+        """Label these shards. Returns key and reason of every image left without a label.
+
+        Raises:
+            Exception: what predicting, encoding or writing raised; a shard with an error is not written, those that
+                were predicted whole before it are.
+        """
         total = int(sum(self.images.shard_sizes[shard] for shard in shards))
         failed: list[str] = []
-        pending: list[Future[Any]] = []
-        done: list[tuple[list[str | None], PredictionT]] = []
-        with ThreadPoolExecutor(1) as writer, ProgressBar(total, "labelling") as bar:
+        encoding: deque[Future[Labels]] = deque()
+        writing: deque[Future[None]] = deque()
+        done: list[Future[Labels]] = []
+        # the writer ends first: its shards wait for their encoders
+        with (
+            ThreadPoolExecutor(self.num_encoders) as encoders,
+            ThreadPoolExecutor(1) as writer,
+            ProgressBar(total, "labelling") as bar,
+        ):
             for batch in loader:
-                done.append((batch.keys, predict(batch.images)))
+                done.append(encoders.submit(self._encode, batch.keys, predict(batch.images)))
                 failed += batch.failed
+                encoding.append(done[-1])
                 if batch.last:
-                    pending.append(writer.submit(self._write, batch.shard, done))
+                    writing.append(writer.submit(self._write, batch.shard, done))
                     done = []
-                if len(pending) > PENDING_SHARDS:
-                    pending.pop(0).result()
+                _drain(encoding, self.max_batches - 1)
+                _drain(writing, PENDING_SHARDS)
                 bar.update(len(batch.keys), failed=len(failed))
-            for future in pending:
-                future.result()
+            _drain(writing, 0)
         for shard in shards:
             if self.images.shard_sizes[shard] == 0:
                 write_label_shard(self.directory, self.images, shard, [], member=self.member)
         return failed
 
-    def _write(self, shard: int, done: list[tuple[list[str | None], PredictionT]]) -> None:
+    def _encode(self, keys: list[str | None], prediction: PredictionT) -> Labels:
+        return list(self.encode(keys, prediction))
+
+    def _write(self, shard: int, done: list[Future[Labels]]) -> None:
         if labels_complete(self.directory, self.images, shard):
             return  # another task was faster
-        encoded = (label for keys, prediction in done for label in self.encode(keys, prediction))
+        encoded = (label for batch in done for label in batch.result())
         write_label_shard(self.directory, self.images, shard, encoded, member=self.member)
+
+
+def _drain(futures: deque[Future[Any]], limit: int) -> None:
+    """Wait for the oldest until at most `limit` are left; what one of them raised is raised here."""
+    while len(futures) > limit:
+        futures.popleft().result()

@@ -1,27 +1,33 @@
-"""The work of `teacher/label.py`: read, predict and write overlap; a shard is written whole or not at all."""
+"""The work of `teacher/label.py`: read, predict, encode and write overlap; a shard is written whole or not at all."""
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from attention.maps import encode_map
 from engine.environment import environment
+from engine.forking import end_opencv_threads
 from engine.loading import make_loader
 from shards.decode import image_size
 from shards.gaze import resize_density
-from shards.labels import encode_label, label_directory, labels_complete
+from shards.labels import STEP, label_directory, labels_complete
+from shards.map_png import encode_map_png
 from shards.reader import BadSample, ShardSet
 from teacher.data import load_image
 from teacher.label_config import LabelConfig
 from teacher.label_tasks import LabelWriter, ShardBatches, claim_directory, parse_controls, shards_of_task, write_set
 from teacher.saved import SavedTeacher, load_teacher
+
+# Below it torch gives no work of a tensor to other threads, so a map's sum does not depend on the maps beside it.
+SERIAL_VALUES = 32768
 
 
 def label(config: LabelConfig) -> Path:
@@ -136,8 +142,21 @@ class ImageDataset(Dataset[ImageBatch]):
         return ImageBatch(torch.from_numpy(images), keys, shard, last, failed)
 
 
+class Predicted(NamedTuple):
+    """Densities on their way from the device.
+
+    Attributes:
+        densities: `(batch, rows, columns)` on the host, in page-locked memory where there is a GPU; not to be read
+            before `ready`.
+        ready: reached by the GPU when they are there; None where they are there already.
+    """
+
+    densities: Tensor
+    ready: torch.cuda.Event | None
+
+
 class Labeller:
-    """Predicts in this thread; encodes and writes in another, while the loader's processes read on."""
+    """Predicts in this thread; others encode and write, while the loader's processes read on."""
 
     def __init__(self, config: LabelConfig, teacher: SavedTeacher, images: ShardSet, directory: Path) -> None:
         self.config, self.images, self.directory = config, images, directory
@@ -150,21 +169,39 @@ class Labeller:
 
     def run(self, shards: Sequence[int]) -> list[str]:
         """Label these shards. Returns key and reason of every image left without a label."""
+        end_opencv_threads()  # the encoders are the parallelism
         batches = ShardBatches(shards, self.images, self.directory, batch_size=self.config.batch_size)
         dataset = ImageDataset(self.images, size=self.model.image_size)
         loader = make_loader(dataset, batches, num_workers=self.config.num_workers)
-        writer = LabelWriter(self.images, self.directory, encode=_encode_maps)
-        return writer.write(shards, loader, self.predict)
+        writer = LabelWriter(self.images, self.directory, encode=encode_maps)
+        return writer.write(shards, loader, self.predict_ahead)
 
     def predict(self, images: Tensor) -> Tensor:
-        """Densities float32 `(batch, *map_size)` of uint8 images, on the labelling device."""
+        """Densities `(batch, *map_size)` of uint8 images, on the labelling device."""
         kind = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.precision]
         with torch.inference_mode(), torch.autocast(self.device.type, dtype=kind) if kind else nullcontext():
             density = self.model(images.to(self.device, non_blocking=True)).exp()
             return resize_density(density, self.config.map_size)
 
+    def predict_ahead(self, images: Tensor) -> Predicted:
+        """The same on the host, without waiting for the device, which may go on with the next batch."""
+        densities = self.predict(images)
+        if self.device.type != "cuda":
+            return Predicted(densities, None)
+        # a copy to the host that does not block goes to page-locked memory of torch's own pool
+        host = densities.to("cpu", non_blocking=True)
+        ready = torch.cuda.Event(blocking=True)  # whoever waits sleeps
+        ready.record(torch.cuda.current_stream(self.device))
+        return Predicted(host, ready)
 
-def _encode_maps(keys: list[str | None], densities: Tensor) -> Iterator[tuple[str, bytes]]:
-    for key, density in zip(keys, densities.float().cpu().numpy(), strict=True):
+
+def encode_maps(keys: Sequence[str | None], predicted: Predicted) -> Iterator[tuple[str, bytes]]:
+    """Key and stored bytes, those of `encode_label`, of each readable image of a batch; waits until it is there."""
+    if predicted.ready is not None:
+        predicted.ready.synchronize()
+    densities = predicted.densities.float()
+    num_together = max(1, (SERIAL_VALUES - 1) // max(1, densities[0].numel())) if len(densities) else 1
+    parts = [encode_map(part, step=STEP) for part in densities.split(num_together)]
+    for key, codes in zip(keys, (codes for part in parts for codes in part.numpy()), strict=True):
         if key is not None:
-            yield key, encode_label(density)
+            yield key, encode_map_png(codes)

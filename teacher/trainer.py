@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from attention.losses import weighted_loss
+from engine.average import check_average
 from engine.errors import InputError
 from engine.launch import build_accelerator, uses_deepspeed
 from engine.loading import counted
@@ -81,13 +82,16 @@ def open_data(config: Config) -> tuple[GazeSets, ShardSet]:
     """
     if not any(getattr(config.loss, name) for name in LOSSES):
         raise InputError(f"loss: {', '.join(LOSSES)} are all 0, so there is nothing to learn: set one above 0")
-    if config.ema == 1:
-        raise InputError("ema 1.0 would keep the first random weights for ever: take e.g. 0.999, or 0 for no average")
     return open_sources(config.data)
 
 
 def build_teacher(config: Config, *, accelerator: Accelerator) -> Teacher:
-    """The model from random or given weights, in channels-last order, as images come."""
+    """The model from random or given weights, in channels-last order, as images come.
+
+    Raises:
+        InputError: weights that cannot be had, or see `check_average`.
+    """
+    check_average(config.ema, accelerator=accelerator)
     model = SaliencyModel(config.model, image_size=config.data.image_size)
     if config.model.pretrained is not None:
         load_pretrained(model, config.model)

@@ -10,6 +10,7 @@ from engine.loop import Training
 from shards.gaze import METRICS, GazeTarget, load_targets, mean_scores, score_each
 from shards.order import shard_rows_for_rank
 from shards.reader import ShardSet
+from teacher.average import Teacher
 from teacher.config import Config
 from teacher.data import GazeDataset
 from teacher.model import SaliencyModel
@@ -42,7 +43,8 @@ class Validation:
         """Score, report, keep the best, and stop where patience is over."""
         training, extra = self.training, self.training.extra
         teacher = training.accelerator.unwrap_model(training.module)
-        means = self.score(teacher.chosen)
+        with teacher.chosen() as model:
+            means = self.score(model)
         if training.ranks.is_main:
             assert training.tracker is not None
             training.tracker.log({f"val/{name}": value for name, value in means.items()}, step=step)
@@ -51,7 +53,7 @@ class Validation:
                 self._send_pictures(step)
         if means["num_images"] and self._is_better(means[self.config.best_by]):
             extra.update(best=means[self.config.best_by], num_since_best=0)
-            self._keep(step, means, prefix=teacher.chosen_prefix)
+            self._keep(step, means, teacher)
         else:
             extra["num_since_best"] += 1
         if 0 < self.config.patience <= extra["num_since_best"] and step < training.total_steps:
@@ -110,14 +112,14 @@ class Validation:
         )
         return list(zip(targets, densities, strict=True))
 
-    def _keep(self, step: int, means: dict[str, float], *, prefix: str) -> None:
+    def _keep(self, step: int, means: dict[str, float], teacher: Teacher) -> None:
         state = self.training.weights()
         if not self.training.ranks.is_main:
             return
         software = environment()
         save_teacher(
             self.training.run.path,
-            {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)},
+            teacher.chosen_state(state),
             model=self.config.model,
             image_size=self.config.data.image_size,
             facts={

@@ -1,6 +1,6 @@
 """Images decoded once and kept in memory; crops, mirrors and the maps that go with them are cut on the device."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from attention.maps import crop_mass, warp
-from engine.loading import TensorBatch, make_loader
+from engine.loading import TensorBatch
 from pretrain.config import ViewsConfig
 from pretrain.views import draw_views
-from shards.order import SampleOrder, StepBatches
 
 MIN_MASS = 0.05
 
@@ -150,27 +149,3 @@ class Cropping(Dataset[Batch]):
         return Batch(
             torch.from_numpy(rows), torch.from_numpy(boxes.astype(np.float32)), torch.from_numpy(drawn.flips[0])
         )
-
-
-def training_batches(
-    pictures: PictureSet,
-    *,
-    min_area: float,
-    batch_size: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-    start_step: int,
-    stop_step: int,
-) -> Iterator[Batch]:
-    """This rank's batches of steps `start_step` to `stop_step`, in the exact elastic order of `shards/order.py`."""
-    steps = StepBatches(
-        SampleOrder(np.array([len(pictures)]), seed=seed, window=1),
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        start_step=start_step,
-        stop_step=stop_step,
-    )
-    # no workers: a batch is a few numbers per image
-    return iter(make_loader(Cropping(pictures.sizes, min_area=min_area, seed=seed), steps, num_workers=0))

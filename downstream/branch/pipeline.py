@@ -1,12 +1,13 @@
 """The two-step protocol: train an attention branch network, then every arm goes on from it for equally long."""
 
+from downstream.arms import named_arms
 from downstream.branch.data import FineGrained, open_data
 from downstream.branch.evaluate import check_curves
 from downstream.branch.model import AttentionBranchNetwork
-from downstream.branch.stage import ARMS, MAPS, Stage, stage_plan, stage_weights, train_stage
+from downstream.branch.stage import ARMS, MAPS, Stage, stage_weights, train_stage
 from downstream.branch.table import write_table
 from downstream.config import DownstreamConfig
-from downstream.stage import FIRST_STEP
+from downstream.stage import FIRST_STEP, stage_plan
 from engine.errors import InputError
 from engine.launch import build_accelerator
 from engine.progress import report, silent
@@ -20,10 +21,7 @@ def arms_of(config: DownstreamConfig) -> list[str]:
     Raises:
         InputError: an arm that does not exist, or one with maps where no label set is given.
     """
-    chosen = config.arms if config.arm == "all" else [name.strip() for name in config.arm.split(",")]
-    unknown = [name for name in chosen if name not in ARMS]
-    if unknown or not chosen:
-        raise InputError(f"arm '{config.arm}': {unknown or 'none'} not known; take from all, {', '.join(ARMS)}")
+    chosen = named_arms(config, ARMS)
     supervised = [name for name in chosen if MAPS in name]
     if supervised and config.branch.labels is None:
         raise InputError(f"arm '{supervised[0]}' needs branch.labels: a label set of the images in {config.data.path}")
@@ -54,7 +52,7 @@ def run_branch(config: DownstreamConfig) -> dict[tuple[str, int], dict[str, floa
     return results
 
 
-def check(config: DownstreamConfig) -> list[str]:
+def check_branch(config: DownstreamConfig) -> list[str]:
     """Validate a table without training it: arms, images, maps, network, launcher."""
     check_run_name(config.run)
     arms = arms_of(config)

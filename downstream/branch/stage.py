@@ -11,15 +11,14 @@ from downstream.branch.data import FineGrained
 from downstream.branch.evaluate import evaluate, summarise, write_evaluation
 from downstream.branch.model import AttentionBranchNetwork
 from downstream.branch.objective import BranchObjective
-from downstream.branch.pictures import training_batches
+from downstream.branch.pictures import Cropping
 from downstream.config import DownstreamConfig
-from downstream.stage import FIRST_STEP, stage_folder
+from downstream.data import training_batches
+from downstream.stage import FIRST_STEP, ORDER_OFFSET, check_finished, stage_folder, stage_plan
 from engine.environment import environment
-from engine.errors import InputError
 from engine.files import atomic_write
 from engine.launch import build_accelerator, uses_deepspeed
-from engine.loop import FREE_KEYS, Training, fit, start_training
-from engine.plan import Plan, plan_steps
+from engine.loop import Training, fit, start_training
 from engine.program import config_to_dict
 from engine.ranks import Ranks
 from engine.runs import RunFolder
@@ -28,7 +27,6 @@ from engine.state import unwrap
 WEIGHTS = "weights.safetensors"
 MINING, MAPS = "mining", "maps"
 ARMS = ("baseline", MINING, MAPS, f"{MINING}+{MAPS}")
-ORDER_OFFSET = 1_000_003
 KEPT = ("run", "runs", "task", "arm", "seed", "precision", "data", "branch", "optim", "loop")
 PART_KEYS = {MINING: {"alpha", "sigma", "steepness"}, MAPS: {"labels", "map_loss", "gamma"}}
 
@@ -47,18 +45,6 @@ class Stage:
         return part in self.arm.split("+")
 
 
-def stage_plan(config: DownstreamConfig, *, epochs: float, num_samples: int, world_size: int) -> Plan:
-    """Steps of one stage."""
-    return plan_steps(
-        batch_size=config.data.batch_size,
-        epochs=epochs,
-        max_steps=None,
-        num_samples=num_samples,
-        world_size=world_size,
-        data=config.data.path,
-    )
-
-
 def stage_weights(run: RunFolder) -> dict[str, Tensor]:
     """Last weights of a finished stage."""
     return load_file(run.path / WEIGHTS)
@@ -68,11 +54,11 @@ def train_stage(data: FineGrained, config: DownstreamConfig, stage: Stage, *, ra
     """Train and test one stage, or go on with it; a finished one is left as it is.
 
     Raises:
-        InputError: see `start_training`; Requeue: stopped on request with a checkpoint.
+        InputError: see `start_training` and `check_finished`; Requeue: stopped on request with a checkpoint.
     """
     run = stage_folder(config, arm=stage.arm, seed=stage.seed)
     if ranks.broadcast(bool(run.read_summary())):
-        ranks.on_main(lambda: _check_finished(run, data, config, stage))
+        ranks.on_main(lambda: check_finished(run, _resolved(config, stage), data.facts))
         return run
     accelerator = build_accelerator(precision=config.precision, seed=stage.seed)
     network = build_network(data, config, stage)
@@ -95,15 +81,6 @@ def train_stage(data: FineGrained, config: DownstreamConfig, stage: Stage, *, ra
         _learn(training, network, data, config, stage)
         _finish(training, network, data, config, stage)
     return run
-
-
-def _check_finished(run: RunFolder, data: FineGrained, config: DownstreamConfig, stage: Stage) -> None:
-    """Refuse a finished stage of another config or of other images."""
-    run.claim(_resolved(config, stage), free=FREE_KEYS)
-    if run.read_summary()["data"]["sha256"] != data.facts["sha256"]:
-        raise InputError(
-            f"{run.path} was trained or tested on other images: choose another --run, or remove that folder"
-        )
 
 
 def build_network(data: FineGrained, config: DownstreamConfig, stage: Stage) -> AttentionBranchNetwork:
@@ -129,12 +106,14 @@ def _learn(
         grid=network.grid,
         use_maps=stage.has(MAPS),
     )
+    # another order than the first step's, the same for every arm
+    seed = stage.seed if stage.arm == FIRST_STEP else stage.seed + ORDER_OFFSET
     batches = training_batches(
-        data.train,
-        min_area=config.branch.min_area,
+        Cropping(data.train.sizes, min_area=config.branch.min_area, seed=seed),
+        count=len(data.train),
         batch_size=training.batch_size,
-        # another order than the first step's, the same for every arm
-        seed=stage.seed if stage.arm == FIRST_STEP else stage.seed + ORDER_OFFSET,
+        seed=seed,
+        num_workers=0,  # a batch is a few numbers per image
         rank=ranks.rank,
         world_size=ranks.world_size,
         start_step=start,

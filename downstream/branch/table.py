@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import ttest_rel
-
 from downstream.branch.data import FineGrained
 from downstream.branch.evaluate import read_evaluation, summarise
 from downstream.branch.gallery import add_gallery
 from downstream.config import DownstreamConfig
+from downstream.paired import markdown_table, paired_gain, spread
 from downstream.stage import FIRST_STEP, stage_folder
 from engine.files import atomic_write
 from engine.page import Grey, Page
@@ -63,14 +62,11 @@ def tabulate(results: Results) -> list[Row]:
     for arm, runs in by_arm.items():
         names = [name for name in COLUMNS if all(name in metrics for metrics in runs.values())]
         values = {name: [float(metrics[name]) for metrics in runs.values()] for name in names}
-        shared = [seed for seed in runs if seed in baseline]
         gain = p_value = None
-        if arm not in ("baseline", FIRST_STEP) and shared:
-            ours, theirs = ([float(part[s]["test/top1"]) for s in shared] for part in (runs, baseline))
-            gain = statistics.mean(ours) - statistics.mean(theirs)
-            if len(shared) > 1 and ours != theirs:
-                p_value = float(ttest_rel(ours, theirs).pvalue)
-        spreads = {name: statistics.stdev(found) if len(found) > 1 else 0.0 for name, found in values.items()}
+        if arm not in ("baseline", FIRST_STEP):
+            ours, theirs = ({s: float(found["test/top1"]) for s, found in part.items()} for part in (runs, baseline))
+            gain, p_value = paired_gain(ours, theirs)
+        spreads = {name: spread(found) for name, found in values.items()}
         means = {name: statistics.mean(found) for name, found in values.items()}
         rows.append(Row(arm, len(runs), means, spreads, gain, p_value))
     return rows
@@ -95,9 +91,7 @@ def with_misclassified(config: DownstreamConfig, results: Results) -> dict[tuple
 
 def markdown(rows: list[Row], *, paper: str | None) -> str:
     """The table in Markdown; published values are marked as such."""
-    columns, cells = _cells(rows, paper=paper)
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
+    return markdown_table(*_cells(rows, paper=paper))
 
 
 def write_table(config: DownstreamConfig, data: FineGrained, results: Results) -> None:
@@ -154,8 +148,8 @@ def _cell(row: Row, name: str) -> str:
     if name not in row.means:
         return ""
     digits = 2 if name in ("test/top1", "test/top5") else 4
-    spread = f" ± {row.deviations[name]:.{digits}f}" if row.num_seeds > 1 else ""
-    return f"{row.means[name]:.{digits}f}{spread}"
+    deviation = f" ± {row.deviations[name]:.{digits}f}" if row.num_seeds > 1 else ""
+    return f"{row.means[name]:.{digits}f}{deviation}"
 
 
 def _protocol(config: DownstreamConfig, seeds: list[int]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The encoder and the captioner that a config names."""
+"""The captioner that a config names, and the size of its encoder's feature map."""
 
 from copy import deepcopy
 from typing import Any
@@ -11,10 +11,7 @@ from downstream.captioning.models.transformer import CaptionTransformer
 from downstream.captioning.models.trunk import FeatureTrunk
 from downstream.config import DownstreamConfig
 from engine.errors import InputError
-from engine.ranks import Ranks
 from pretrain.evaluators.base import Subject
-from pretrain.evaluators.subjects import open_subject
-from pretrain.probe_config import LoadConfig, ProbeConfig
 
 
 def build_captioner(
@@ -46,19 +43,6 @@ def build_captioner(
         depth=caption.depth,
         heads=caption.heads,
     )
-
-
-def open_encoder(config: DownstreamConfig, *, ranks: Ranks) -> Subject:
-    """The encoder that `image.encoder` names.
-
-    Raises:
-        InputError: none is named, or see `open_subject`.
-    """
-    if config.image.encoder is None:
-        raise InputError("captioning needs an encoder: set image.encoder to an encoder/ folder or to timm:NAME")
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    load = LoadConfig(weights=config.caption.weights, image_size=config.image.size)
-    return open_subject(ProbeConfig(encoder=str(config.image.encoder), load=load), ranks=ranks, device=device)
 
 
 @torch.no_grad()

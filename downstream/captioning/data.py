@@ -2,14 +2,13 @@
 
 import hashlib
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from downstream.captioning.building import build_captioner, map_of, open_encoder
+from downstream.captioning.building import build_captioner, map_of
 from downstream.captioning.examples import CaptionExamples, CaptionPictures, Part, padded
 from downstream.captioning.layouts import PARTS, CaptionedImage, CaptionSet, read_captions
 from downstream.captioning.matching import Mention, NameMatcher, read_synonyms
@@ -18,7 +17,7 @@ from downstream.captioning.objects import ObjectGrids, find_grids, open_objects
 from downstream.captioning.reading import check_skipped
 from downstream.captioning.vocabulary import PADDING, learn_vocabulary, words_of
 from downstream.config import DownstreamConfig
-from downstream.tasks.features import encoder_features
+from downstream.tasks.features import cached_features, open_encoder
 from downstream.tasks.pictures import FeatureMaps, ImagesOnDisk, Pictures
 from engine.errors import InputError
 from engine.progress import report, silent
@@ -39,7 +38,7 @@ class CaptionTask:
         self.ranks = Ranks()
         self.tell = report if self.ranks.is_main else silent
         found = read_captions(self.caption, config.data.path)
-        self.subject = open_encoder(config, ranks=self.ranks)
+        self.subject = open_encoder(config.image, weights=self.caption.weights, ranks=self.ranks)
         images = [image for part in PARTS for image in found.parts[part]]
         pictures = self._pictures(images, found)
         numbers = {image.name: number for number, image in enumerate(images)}
@@ -72,7 +71,15 @@ class CaptionTask:
         # the cache knows images by number, so their names and sizes are part of its own name
         listed = "\n".join(f"{image.name} {image.path.stat().st_size}" for image in images)
         digest = hashlib.sha256(listed.encode()).hexdigest()[:12]
-        return encoder_features(files, subset=f"{self.caption.layout}-{digest}", config=_as_vqa(self.config))
+        return cached_features(
+            files,
+            subset=f"{self.caption.layout}-{digest}",
+            subject=self.subject,
+            size=self.config.image.size,
+            cache=self.caption.cache,
+            num_workers=self.config.loop.num_workers,
+            ranks=self.ranks,
+        )
 
     def _shape(self, pictures: Pictures) -> tuple[int, tuple[int, int]]:
         if isinstance(pictures, FeatureMaps):
@@ -179,12 +186,6 @@ class CaptionTask:
             "matched_objects_per_caption": {name: round(value, 4) for name, value in matched.items()},
             "names_outside_vocabulary": dict(self.unknown_names.most_common(20)),
         }
-
-
-def _as_vqa(config: DownstreamConfig) -> DownstreamConfig:
-    """The config with this task's cache and weights where the feature maker looks for them."""
-    caption = config.caption
-    return replace(config, vqa=replace(config.vqa, cache=caption.cache, weights=caption.weights))
 
 
 def _readable(found: CaptionSet, part: str, numbers: dict[str, int], pictures: Pictures) -> list[CaptionedImage]:

@@ -10,19 +10,18 @@ import numpy as np
 import torch
 
 from downstream.captioning.beam import search
-from downstream.captioning.building import build_captioner, map_of, open_encoder
+from downstream.captioning.building import build_captioner, map_of
 from downstream.captioning.folder_config import FolderConfig
 from downstream.captioning.models.base import Captioner
 from downstream.captioning.scoring import WORDS
 from downstream.captioning.vocabulary import END, NUM_SPECIAL, Vocabulary
 from downstream.config import DownstreamConfig
-from downstream.stage import BEST, best_weights
-from downstream.tasks.features import feature_maps
+from downstream.stage import BEST, best_weights, read_stage_config
+from downstream.tasks.features import feature_maps, open_encoder
 from downstream.tasks.pictures import read_square
 from engine.errors import InputError
 from engine.files import write_json
 from engine.page import Page, overlay
-from engine.program import config_from_dict
 from engine.progress import ProgressBar, report
 from engine.ranks import Ranks
 from engine.runs import RunFolder
@@ -65,13 +64,11 @@ class TrainedCaptioner:
             InputError: no finished captioner there, or its encoder is another one now.
         """
         run = RunFolder(path)
-        config = config_from_dict(
-            DownstreamConfig, run.read_config(), source=run.config_file, what="config of a captioning run"
-        )
+        config = read_stage_config(run)
         summary = run.read_summary()
         if config.task != "caption" or not summary or not (run.path / BEST).is_file():
             raise InputError(f"{path} is no finished captioning run: train it to its end, or give another --run")
-        subject = open_encoder(config, ranks=Ranks())
+        subject = open_encoder(config.image, weights=config.caption.weights, ranks=Ranks())
         if subject.hash[:16] != summary["data"]["encoder_sha256"]:
             raise InputError(f"{config.image.encoder} is not the encoder that {path} learnt with: put that one back")
         vocabulary = Vocabulary.read(run.path / WORDS)
@@ -131,7 +128,8 @@ def caption_folder(config: FolderConfig) -> list[Captioned]:
     if not found:
         raise InputError(f"images {config.images}: none of {len(files)} images can be decoded")
     config.output.mkdir(parents=True, exist_ok=True)
-    write_json(config.output / SHOWN, _as_json(config, found, skipped))
+    beam = config.beam or captioner.config.caption.beam
+    write_json(config.output / SHOWN, _as_json(config, found, skipped, beam=beam))
     _page(config, found, shown).write(config.output / PAGE)
     report(f"{len(found)} images captioned, {len(skipped)} could not be decoded: {config.output / PAGE}")
     return found
@@ -155,7 +153,7 @@ def _batches(
         yield names, np.stack(images)
 
 
-def _as_json(config: FolderConfig, found: list[Captioned], skipped: dict[str, str]) -> dict[str, Any]:
+def _as_json(config: FolderConfig, found: list[Captioned], skipped: dict[str, str], *, beam: int) -> dict[str, Any]:
     images = [
         {
             "image": one.name,
@@ -168,7 +166,7 @@ def _as_json(config: FolderConfig, found: list[Captioned], skipped: dict[str, st
         }
         for one in found
     ]
-    return {"run": config.run.name, "beam": config.beam, "images": images, "skipped": skipped}
+    return {"run": config.run.name, "beam": beam, "images": images, "skipped": skipped}
 
 
 def _page(config: FolderConfig, found: list[Captioned], shown: dict[str, np.ndarray]) -> Page:

@@ -71,7 +71,7 @@ def check_installed() -> None:
         InputError: `pycocoevalcap` is not installed.
     """
     if find_spec("pycocoevalcap") is None:
-        raise InputError("captions are scored by pycocoevalcap: pip install 'saccade[captioning]'")
+        raise InputError("captions are scored by pycocoevalcap: python -m pip install -e '.[captioning]'")
 
 
 def java_works() -> bool:

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from scipy.stats import ttest_rel
-
 from downstream.captioning.config import CaptionConfig
 from downstream.captioning.data import CaptionTask
 from downstream.captioning.gallery import add_word_gallery
 from downstream.captioning.objective import BASELINE, ICA
 from downstream.config import DownstreamConfig
+from downstream.paired import markdown_table, paired_gain, spread
 from downstream.stage import stage_folder
 from engine.files import atomic_write
 from engine.page import Grey, Page, curves_svg
@@ -142,22 +141,16 @@ def table_of(rows: Mapping[str, Mapping[str, Cell]], *, paper: str) -> tuple[lis
 
 def markdown(title: str, columns: list[str], lines: list[list[str]]) -> str:
     """The same table in Markdown, under a heading."""
-    text = [f"# {title}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join(text + ["| " + " | ".join(line) + " |" for line in lines]) + "\n"
+    return f"# {title}\n\n{markdown_table(columns, lines)}\n"
 
 
 def _cell(results: Results, arm: str, seeds: list[int], key: str) -> Cell:
-    values = [float(results[arm, seed][key]) for seed in seeds]
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    shared = [s for s in seeds if key in results.get((BASELINE, s), {})]
-    gain = p_value = None
-    if arm != BASELINE and shared:
-        ours = [float(results[arm, s][key]) for s in shared]
-        theirs = [float(results[BASELINE, s][key]) for s in shared]
-        gain = statistics.mean(ours) - statistics.mean(theirs)
-        if len(shared) > 1 and len({a - b for a, b in zip(ours, theirs, strict=True)}) > 1:
-            p_value = float(ttest_rel(ours, theirs).pvalue)
-    return Cell(statistics.mean(values), spread, gain, p_value)
+    ours = {seed: float(results[arm, seed][key]) for seed in seeds}
+    given = {seed: results.get((BASELINE, seed), {}) for seed in seeds}
+    theirs = {seed: float(metrics[key]) for seed, metrics in given.items() if key in metrics}
+    gain, p_value = (None, None) if arm == BASELINE else paired_gain(ours, theirs)
+    values = list(ours.values())
+    return Cell(statistics.mean(values), spread(values), gain, p_value)
 
 
 def _number(cell: Cell | None) -> str:

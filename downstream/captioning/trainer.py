@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from downstream.arms import named_arms
 from downstream.captioning.beam import search
-from downstream.captioning.building import map_of, open_encoder
+from downstream.captioning.building import map_of
 from downstream.captioning.correctness import Correctness
 from downstream.captioning.data import CaptionTask
 from downstream.captioning.examples import Part
@@ -23,13 +24,13 @@ from downstream.captioning.scoring import WORDS, finish_scores, needs_scores, wr
 from downstream.captioning.table import write_caption_table
 from downstream.config import DownstreamConfig
 from downstream.data import ExampleDataset, rows_of_rank, training_batches
-from downstream.stage import BEST, best_weights, stage_folder
+from downstream.stage import BEST, best_weights, check_finished, stage_folder, stage_plan
+from downstream.tasks.features import open_encoder
 from engine.environment import environment
 from engine.errors import InputError
 from engine.files import atomic_write
 from engine.launch import build_accelerator
 from engine.loop import Training, fit, start_training
-from engine.plan import plan_steps
 from engine.program import config_to_dict
 from engine.ranks import Ranks
 from engine.runs import RunFolder, check_run_name
@@ -37,6 +38,13 @@ from engine.state import unwrap
 
 IMAGES_AT_ONCE = 64
 CAPTIONS_AT_ONCE = 128
+IDENTITY = ("sha256", "sizes", "objects", "encoder_sha256")  # facts that say what a run was trained on
+# A finished run may be scored where files lie elsewhere; what is in them is in the facts.
+FREE_PATHS = frozenset(
+    {"image.encoder", "caption.max_skipped"}
+    | {f"caption.{name}" for name in ("captions", "images", "split", "objects", "object_names", "object_images")}
+    | {f"caption.{name}" for name in ("synonyms", "weights", "cache")}
+)
 
 
 def run_captioning(config: DownstreamConfig) -> dict[tuple[str, int], dict[str, float]]:
@@ -72,7 +80,7 @@ def check_captioning(config: DownstreamConfig) -> list[str]:
     parts = ", ".join(f"{len(images)} {part}" for part, images in found.parts.items())
     skipped = sum(found.skipped_images.values()), sum(found.skipped_captions.values())
     lines.append(f"images: {parts}; left out: {skipped[0]} images, {skipped[1]} captions ({found.facts['split']})")
-    subject = open_encoder(config, ranks=Ranks())
+    subject = open_encoder(config.image, weights=config.caption.weights, ranks=Ranks())
     channels, grid = map_of(subject, size=config.image.size)
     lines.append(f"encoder: {subject.name}, {channels} channels on {grid[0]}x{grid[1]} places")
     if config.caption.objects is not None:
@@ -88,10 +96,7 @@ def arms_of(config: DownstreamConfig) -> list[str]:
     Raises:
         InputError: an arm that does not exist, or one that needs object masks where none are given.
     """
-    chosen = config.arms if config.arm == "all" else [name.strip() for name in config.arm.split(",")]
-    unknown = [name for name in chosen if name not in ARMS]
-    if unknown or not chosen:
-        raise InputError(f"arm '{config.arm}': {unknown or 'none'} not known; take from all, {', '.join(ARMS)}")
+    chosen = named_arms(config, ARMS)
     if config.caption.objects is None and chosen != [BASELINE]:
         raise InputError(f"arm '{config.arm}' needs object masks: set caption.objects, or take arm {BASELINE} alone")
     return chosen
@@ -101,23 +106,19 @@ def train_captioner(task: CaptionTask, config: DownstreamConfig, *, arm: str, se
     """Train one run, or go on with it; a finished one is left as it is, but for scores that could not be computed then.
 
     Raises:
-        InputError: see `start_training`; Requeue: stopped on request with a checkpoint.
+        InputError: see `start_training` and `check_finished`; Requeue: stopped on request with a checkpoint.
     """
     run = stage_folder(config, arm=arm, seed=seed)
     if ranks.broadcast(bool(run.read_summary())):
+        resolved = _resolved(config, arm=arm, seed=seed)
+        ranks.on_main(lambda: check_finished(run, resolved, task.facts, names=IDENTITY, free=FREE_PATHS))
         if ranks.broadcast(needs_scores(run)):
             ranks.on_main(lambda: finish_scores(run))
         return run
     accelerator = build_accelerator(precision=config.precision, seed=seed)
     model = task.build_model()
-    plan = plan_steps(
-        batch_size=config.data.batch_size,
-        epochs=config.epochs,
-        max_steps=None,
-        num_samples=len(task.train.captions),
-        world_size=ranks.world_size,
-        data=config.data.path,
-    )
+    num_samples = len(task.train.captions)
+    plan = stage_plan(config, epochs=config.epochs, num_samples=num_samples, world_size=ranks.world_size)
     training = start_training(
         model,
         accelerator=accelerator,
@@ -128,7 +129,7 @@ def train_captioner(task: CaptionTask, config: DownstreamConfig, *, arm: str, se
         batch_size=config.data.batch_size,
         steps_per_epoch=plan.steps_per_epoch,
         total_steps=plan.total_steps,
-        identity={"data": str([task.facts[name] for name in ("sha256", "sizes", "objects", "encoder_sha256")])},
+        identity={"data": str([task.facts[name] for name in IDENTITY])},
     )
     with training:
         ranks.on_main(lambda: task.vocabulary.write(run.path / WORDS))
@@ -145,9 +146,10 @@ def _learn(training: Training, task: CaptionTask, config: DownstreamConfig, *, a
     objective = CaptionObjective(training.module, arm, config.caption, ranks, device)
     batches = training_batches(
         ExampleDataset(train.captions, maps={}, use={}),
+        count=len(train.captions),
         batch_size=config.data.batch_size,
         seed=seed,
-        loop=config.loop,
+        num_workers=config.loop.num_workers,
         rank=ranks.rank,
         world_size=ranks.world_size,
         start_step=start,

@@ -47,7 +47,7 @@ def _root(path: Path) -> Path:
         raise InputError(f"data.path {path} is no folder: give easy-VQA's data, or {PACKAGE} for the package's own")
     spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise InputError("easy-VQA needs the package easy-vqa: pip install 'saccade[vqa]' (or: pip install easy-vqa)")
+        raise InputError("easy-VQA needs the package easy-vqa: pip install -e '.[vqa]' (or: pip install easy-vqa)")
     return Path(spec.origin).parent / "data"
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from downstream.config import DownstreamConfig
+from downstream.config import DownstreamConfig, ImageConfig
 from downstream.tasks.pictures import FeatureMaps, read_square
 from engine.errors import InputError
 from engine.files import write_json
@@ -49,23 +49,48 @@ class _Squares(Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(images), good
 
 
-def encoder_features(files: Mapping[int, Path], *, subset: str, config: DownstreamConfig) -> FeatureMaps:
-    """Last feature maps of `image.encoder` for some images; what is on disk already is not computed again.
+def open_encoder(image: ImageConfig, *, weights: str | None, ranks: Ranks) -> Subject:
+    """The encoder that `image.encoder` names, on this rank's device.
 
-    The folder is named for all that decides its content: the encoder's weights and input statistics, the image size
-    and the images' numbers. It is filled part by part, shared out among the ranks, so a killed run goes on where it
-    was. Every rank must call this.
+    Args:
+        weights: for timm:NAME, its file of weights or a package's name.
+
+    Raises:
+        InputError: none is named, or see `open_subject`.
+    """
+    if image.encoder is None:
+        raise InputError("no encoder: set image.encoder to an encoder/ folder or to timm:NAME")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    load = LoadConfig(weights=weights, image_size=image.size)
+    return open_subject(ProbeConfig(encoder=str(image.encoder), load=load), ranks=ranks, device=device)
+
+
+def encoder_features(files: Mapping[int, Path], *, subset: str, config: DownstreamConfig) -> FeatureMaps:
+    """Feature maps of `image.encoder` for question answering, see `cached_features`. Every rank must call this.
 
     Raises:
         InputError: no such encoder, weights that do not fit, or `image.frozen` is false.
     """
     if not config.image.frozen:
         raise InputError("image.frozen is false, but question answering reads an encoder's features from disk: set it")
-    ranks = Ranks()
-    size = config.image.size
-    load = LoadConfig(weights=config.vqa.weights, image_size=size)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    subject = open_subject(ProbeConfig(encoder=str(config.image.encoder), load=load), ranks=ranks, device=device)
+    ranks, vqa = Ranks(), config.vqa
+    subject = open_encoder(config.image, weights=vqa.weights, ranks=ranks)
+    options = {"size": config.image.size, "num_workers": config.loop.num_workers}
+    return cached_features(files, subset=subset, subject=subject, cache=vqa.cache, ranks=ranks, **options)
+
+
+def cached_features(
+    files: Mapping[int, Path], *, subset: str, subject: Subject, size: int, cache: Path, num_workers: int, ranks: Ranks
+) -> FeatureMaps:
+    """Last feature maps of an encoder for some images; what is on disk already is not computed again.
+
+    The folder in `cache` is named for all that decides its content: the encoder's weights and input statistics, the
+    image size and the images' numbers. It is filled part by part, shared out among the ranks, so a killed run goes on
+    where it was. Every rank must call this.
+
+    Raises:
+        InputError: a damaged part.
+    """
     numbers = sorted(files)
     facts = {
         "schema": SCHEMA,
@@ -76,13 +101,13 @@ def encoder_features(files: Mapping[int, Path], *, subset: str, config: Downstre
         "images": numbers,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    folder = config.vqa.cache / f"{subset}-{digest}"
+    folder = cache / f"{subset}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     parts = [range(start, min(start + PART, len(numbers))) for start in range(0, len(numbers), PART)]
     missing = [rows for rows in parts[ranks.rank :: ranks.world_size] if not _part_file(folder, rows).is_file()]
     paths = [files[number] for number in numbers]
     if missing:
-        _compute(paths, missing, folder=folder, subject=subject, size=size, num_workers=config.loop.num_workers)
+        _compute(paths, missing, folder=folder, subject=subject, size=size, num_workers=num_workers)
     ranks.barrier()
     if ranks.is_main and not (folder / "manifest.json").is_file():
         write_json(folder / "manifest.json", facts)

@@ -65,10 +65,14 @@ class OnlineEvaluation:
         """A frozen copy of the encoder, the same on every rank.
 
         Built anew from the gathered weights: under ZeRO 3 a rank holds parts of them only, and batch norm's statistics
-        are each rank's own; those of rank 0 are the ones that the encoder file gets.
+        are each rank's own; those of rank 0 are the ones that the encoder file gets. Where the student has a moving
+        average, it is the average that is evaluated, as it is the average that the file gets.
         """
         training, student = self.training, self.student
         state = training.weights()
+        if student.average is not None:
+            # also while the student has the averaged weights: DeepSpeed gathers its own copies in full precision
+            state = student.average.averaged(student, state)
         own = {name: state[name] for name, _ in student.named_buffers() if name in state}
         state |= training.ranks.broadcast(own)
         backbone = build_backbone(self.config)

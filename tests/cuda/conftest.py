@@ -14,6 +14,9 @@ from accelerate.state import AcceleratorState
 
 DEVICE = os.environ.get("SACCADE_TEST_DEVICE", "cuda")
 HERE = Path(__file__).parent
+CUDNN_TF32 = torch.backends.cudnn.allow_tf32  # as torch sets it, and so as it is in the programs that tests start
+# before the first matrix product: programs with loop.deterministic set it, and what they are compared with must have it
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,6 +44,12 @@ def exact_arithmetic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for kernel in ("flash", "mem_efficient", "cudnn"):
         getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(True)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def programs_arithmetic(exact_arithmetic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions as in the programs that a test starts, to whose bits it compares a run of this process."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", CUDNN_TF32)
 
 
 @contextmanager

@@ -8,10 +8,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from attention.maps import MAX_CODE
 from engine.checkpoint import list_checkpoints, load_checkpoint
 from engine.errors import Requeue
 from engine.program import parse_config
 from engine.runs import RunFolder
+from shards.labels import STEP
 from shards.pack import pack
 from shards.reader import ShardSet
 from teacher.config import DEFAULT_CONFIG, Config
@@ -44,7 +46,7 @@ def teach(data: Path, name: str, **options: object) -> Path:
 
 
 def test_it_learns_stops_and_labels_as_on_the_cpu(data: Path) -> None:
-    """20 steps; labels of one teacher from both devices differ by at most one code of 255, and seldom."""
+    """20 steps; labels of one teacher from both devices differ by at most one code, and seldom."""
     whole = teach(data, "whole")
     teach(data, "parts", loop__stop_after=7)
     parts = teach(data, "parts")
@@ -69,10 +71,10 @@ def test_it_learns_stops_and_labels_as_on_the_cpu(data: Path) -> None:
 
 
 def codes(images: Path, labels: Path) -> Any:
-    """The stored 8 bits of every map."""
+    """The stored codes of every map, counted in the steps that they are stored in."""
     shards = ShardSet(images, labels=labels)
     maps = [shards.read(s, r).map for s, size in enumerate(shards.shard_sizes.tolist()) for r in range(size)]
-    return np.rint([255 * np.sqrt(one / one.max()) for one in maps if one is not None]).astype(int)
+    return np.rint([MAX_CODE // STEP * np.sqrt(one / one.max()) for one in maps if one is not None]).astype(int)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -84,4 +86,4 @@ def test_half_precision(data: Path, precision: str, device: torch.device) -> Non
     config = LabelConfig(
         run=run, shards=data / "images", output=data / "half", batch_size=4, num_workers=0, precision=precision
     )
-    assert codes(data / "images", label(config)).max() == 255
+    assert codes(data / "images", label(config)).max() == MAX_CODE // STEP

@@ -73,15 +73,14 @@ def last_state(folder: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
 # Options
 
 
-def test_a_plain_run_learns_as_on_the_cpu(read: ReadConfig) -> None:
+def test_a_plain_run_begins_as_on_the_cpu(read: ReadConfig) -> None:
     """Same samples, crops and colours, the latter rounded to 8 bits on the CPU: the first losses to 3 %."""
-    config = read(**VIT, max_steps=30, optim__lr=0.05, loop__record_order=True)
+    config = read(**VIT, optim__lr=0.05, loop__record_order=True)
     found = run(config, "device")
     with only_cpu():
         expected = run(config, "cpu", stop_after=3)
     assert order(expected) == {step: places for step, places in order(found).items() if step <= 3}
     assert curve(found)[:3] == pytest.approx(curve(expected), rel=0.03)
-    assert sum(curve(found)[-5:]) < sum(curve(found)[:5]) - 0.2
     line = json.loads((found / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["train/skipped"] == 0 and line["memory/peak_gib"] > 0
     if DEVICE == "cuda":
@@ -90,18 +89,30 @@ def test_a_plain_run_learns_as_on_the_cpu(read: ReadConfig) -> None:
         assert summary["environment"]["device"] == torch.cuda.get_device_name()
 
 
-# Option, by how much of a plain run's loss each loss may differ, and whether it needs a GPU.
+def test_it_learns(read: ReadConfig) -> None:
+    """Classes of 72 images without augmentation, by heart: the loss falls from 2.2 to about 1.1 on the CPU."""
+    plain = {"views__min_area": 0.9, "views__jitter": 0.0, "views__grey": 0.0, "views__blur": 0.0}
+    losses = curve(run(read(**plain, arm="supervised", optim__name="adamw", optim__lr=3e-3, max_steps=100), "learnt"))
+    assert sum(losses[-20:]) < 0.75 * sum(losses[:20])
+
+
+# Losses of eight steps in fp32, their sums in another order: two runs of one command have differed by 2.6e-3 on a GPU,
+# runs with half and twice the learning rate differ by several per cent.
+CLOSE = 5e-3
+# Option, and by how much of a plain run's loss each loss may differ.
 OPTIONS: dict[str, tuple[dict[str, Any], float]] = {
     "bf16": ({"precision": "bf16"}, 0.15),
     "fp16": ({"precision": "fp16"}, 0.05),
-    "channels-last": ({"channels_last": True}, 2e-3),
-    "fused": ({"optim__fused": True}, 2e-3),
-    "checkpointing": ({"model__gradient_checkpointing": True}, 2e-3),
-    "average": ({"ema": 0.9}, 2e-3),
-    "synchronised": ({"sync_batch_norm": True}, 2e-3),
-    "compiled": ({"compile": True}, 5e-3),
-    "clipped": ({"optim__clip_norm": 1e6}, 2e-3),
+    "channels-last": ({"channels_last": True}, CLOSE),
+    "fused": ({"optim__fused": True}, CLOSE),
+    "checkpointing": ({"model__gradient_checkpointing": True}, CLOSE),
+    "average": ({"ema": 0.9}, CLOSE),
+    "synchronised": ({"sync_batch_norm": True}, CLOSE),
+    "compiled": ({"compile": True}, CLOSE),
+    "clipped": ({"optim__clip_norm": 1e6}, CLOSE),
     "fused and clipped in fp16": ({"precision": "fp16", "optim__fused": True, "optim__clip_norm": 1e6}, 0.05),
+    # but `compile`: torch 2.11's inductor expects channels-last strides of the gradients of convolutions over 1x1 maps,
+    # to which 32 pixels shrink in the last stage, and gets others; with maps of usual sizes it compiles and runs
     "everything": (
         {
             "precision": "bf16",
@@ -110,7 +121,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], float]] = {
             "model__gradient_checkpointing": True,
             "ema": 0.9,
             "sync_batch_norm": DEVICE == "cuda",
-            "compile": True,
         },
         0.15,
     ),
@@ -184,6 +194,7 @@ def test_stopped_in_the_middle_of_an_epoch_it_ends_bit_equal(read: ReadConfig, n
         assert last_state(whole)[2]["loss_scale"]["good_steps"] > 0
 
 
+@pytest.mark.usefixtures("programs_arithmetic")
 def test_a_fresh_process_goes_on_bit_equal(read: ReadConfig, tmp_path: Path) -> None:
     config = read(loop__deterministic=True, ema=0.9)
     whole = run(config, "whole")
@@ -280,6 +291,7 @@ def command(config: Config, name: str, *more: str) -> list[str]:
     return [sys.executable, str(MAIN), "--config", str(config.runs.parent / "student.yaml"), "--run", name, *more]
 
 
+@pytest.mark.usefixtures("programs_arithmetic")
 def test_sigterm_saves_and_the_same_command_goes_on(read: ReadConfig, tmp_path: Path) -> None:
     """Exit code 75 in the middle of an epoch, with workers; then the weights of an undisturbed run."""
     steps = 400 if DEVICE == "cuda" else 40
@@ -301,6 +313,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(read: ReadConfig, tmp_path: 
     same_end(run(config, "whole"), parts)
 
 
+@pytest.mark.usefixtures("programs_arithmetic")
 def test_under_accelerate_launch(read: ReadConfig, tmp_path: Path) -> None:
     """`configs/accelerate/gpu1.yaml` (`one.yaml` without a GPU) gives the run of plain python."""
     config = read(loop__deterministic=True)

@@ -12,7 +12,7 @@ import torch
 from downstream.config import DataConfig, DownstreamConfig, SupervisionConfig, TextConfig
 from downstream.data import place
 from downstream.miner import Surrogates
-from downstream.pipeline import run_pipeline, supervised
+from downstream.pipeline import check_pipeline, run_pipeline, supervised
 from downstream.protocol import Attended, AttentionModel, Inputs
 from downstream.stage import accuracy, best_weights, stage_folder
 from downstream.surrogates import SurrogateStore
@@ -93,6 +93,24 @@ def test_a_finished_step_is_taken_as_it_is_and_mining_goes_on(config: Downstream
     (first / "surrogates" / "text" / "manifest.json").unlink()
     results = run_pipeline(replace(config, arm="mse"))
     assert ("mse", 0) in results and (first / "summary.json").read_bytes() == written
+
+
+def test_finished_steps_of_other_options_are_not_taken_for_these(config: DownstreamConfig) -> None:
+    config = replace(config, epochs=1, retrain_epochs=1, arm="baseline,mse")
+    run_pipeline(config)
+    lighter = replace(config, supervision=SupervisionConfig(gamma=0.1))
+    with pytest.raises(InputError, match=r"supervision\.gamma is 1\.0 there and 0\.1 here"):
+        run_pipeline(lighter)
+    with pytest.raises(InputError, match=r"epochs is 1 there and 2 here"):
+        run_pipeline(replace(config, epochs=2))
+    run_pipeline(replace(lighter, arm="baseline"))  # on which no loss on attention bears
+
+
+def test_check_reads_the_data_and_trains_nothing(config: DownstreamConfig) -> None:
+    text = "\n".join(check_pipeline(config))
+    assert "launcher: 1 rank(s)" in text and "attention over text" in text and not config.runs.exists()
+    with pytest.raises(InputError, match="nowhere"):
+        check_pipeline(replace(config, data=replace(config.data, path=config.data.path / "nowhere")))
 
 
 def test_two_ranks_agree_with_one(config: DownstreamConfig, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from torchvision.transforms.v2.functional import resized_crop
 
 from attention.maps import encode_map, to_density
 from downstream.branch.data import stratified
-from downstream.branch.pictures import Batch, Cropping, PictureSet, central_boxes, cut, training_batches
+from downstream.branch.pictures import Batch, Cropping, PictureSet, central_boxes, cut
+from downstream.data import training_batches
 
 
 def make(count: int, *, side: int = 48, seed: int = 0) -> PictureSet:
@@ -66,11 +67,12 @@ def test_the_central_square_is_square_in_the_image() -> None:
 
 def test_batches_do_not_depend_on_ranks_or_where_a_run_began() -> None:
     pictures = make(12)
-    options = {"min_area": 0.3, "batch_size": 4, "seed": 5}
+    cropping = Cropping(pictures.sizes, min_area=0.3, seed=5)
+    options = {"count": len(pictures), "batch_size": 4, "seed": 5, "num_workers": 0}
 
     def batches(rank: int, world_size: int, start: int) -> list[Batch]:
         places = {"rank": rank, "world_size": world_size, "start_step": start, "stop_step": 6}
-        return list(training_batches(pictures, **options, **places))  # type: ignore[arg-type]
+        return list(training_batches(cropping, **options, **places))  # type: ignore[arg-type]
 
     whole, later = batches(0, 1, 0), batches(0, 1, 4)
     halves = [batches(rank, 2, 0) for rank in range(2)]

@@ -15,7 +15,7 @@ import torch
 from downstream.branch.config import BranchConfig
 from downstream.branch.data import open_data
 from downstream.branch.evaluate import read_evaluation
-from downstream.branch.pipeline import check, run_branch
+from downstream.branch.pipeline import check_branch, run_branch
 from downstream.branch.stage import stage_weights
 from downstream.branch.table import tabulate
 from downstream.config import DataConfig, DownstreamConfig
@@ -111,12 +111,12 @@ def test_another_table_shares_the_first_steps(config: DownstreamConfig, tiny_sam
     with pytest.raises(InputError, match=r"branch.alpha is 0.5 there"):
         run_branch(replace(other, branch=replace(other.branch, alpha=0.1)))
     others = replace(other, data=replace(other.data, path=tiny_sample.val), branch=replace(other.branch, labels=None))
-    with pytest.raises(InputError, match="on other images"):
+    with pytest.raises(InputError, match="on other data"):
         run_branch(others)
 
 
 def test_check_says_what_would_run(config: DownstreamConfig) -> None:
-    text = "\n".join(check(config))
+    text = "\n".join(check_branch(config))
     assert (
         "52 training" in text and "20 test" in text and "52 training images with a map" in text and "2x2 maps" in text
     )

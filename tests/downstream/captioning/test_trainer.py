@@ -157,6 +157,8 @@ def test_an_encoder_can_learn_along(config: DownstreamConfig) -> None:
     config = replace(config, arm="baseline", epochs=0.5, image=replace(config.image, frozen=False))
     run_captioning(config)
     weights = best_weights(stage_folder(config, arm="baseline", seed=0))
+    with pytest.raises(InputError, match=r"caption\.weight is .* there and 7"):  # finished, but of another config
+        run_captioning(replace(config, caption=replace(config.caption, weight=7.0)))
     task = CaptionTask(config)
     before = task.build_model().state_dict()
     changed = {name for name, value in weights.items() if not torch.equal(value, before[name])}
@@ -222,7 +224,7 @@ def test_refusals(config: DownstreamConfig) -> None:
     without = replace(config, caption=replace(config.caption, objects=None))
     with pytest.raises(InputError, match=r"needs object masks: set caption.objects"):
         run_captioning(without)
-    with pytest.raises(InputError, match="captioning needs an encoder"):
+    with pytest.raises(InputError, match=r"no encoder: set image\.encoder"):
         run_captioning(replace(config, image=replace(config.image, encoder=None)))
     with pytest.raises(InputError, match=r"caption.embedding 15 must be a multiple of caption.heads 2"):
         run_captioning(replace(config, caption=replace(config.caption, model="transformer", embedding=15)))
