@@ -39,7 +39,7 @@ def emd(prediction: Tensor, target: Tensor, *, grid: tuple[int, int] = (14, 14))
     try:
         import ot
     except ImportError as error:
-        remedy = "pip install 'saccade[metrics]' (or: pip install POT)"
+        remedy = "pip install -e '.[metrics]' (or: pip install POT)"
         raise ImportError(f"emd needs POT, which is not installed: {remedy}") from error
     grid = (min(grid[0], prediction.shape[1]), min(grid[1], prediction.shape[2]))
     finite = torch.isfinite((prediction.double() + target.double()).sum(dim=(1, 2)))

@@ -214,7 +214,7 @@ def _figures(rows: list[Row], setting: str, *, first: bool) -> dict[str, float]:
 
 def _caption(config: DownstreamConfig, setting: str, summary: dict[str, Any]) -> str:
     sizes, branch = summary["data"]["sizes"], config.branch
-    weights = "from scratch" if branch.weights is None else f"pretrained ({branch.weights})"
+    weights = "from scratch" if branch.weights is None else f"pretrained ({Path(branch.weights).name})"
     maps = summary["data"].get("maps", {}).get("teacher", {})
     told = f"; maps of teacher {str(maps['hash'])[:16]} ({maps.get('backbone', '?')})" if maps else ""
     return (

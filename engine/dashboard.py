@@ -78,9 +78,7 @@ def build_workspace(config: Config) -> Any:
         from wandb_workspaces import workspaces
         from wandb_workspaces.reports import v2 as panels
     except ImportError as error:
-        raise InputError(
-            f"the package wandb-workspaces is missing ({error}): pip install saccade[dashboard]"
-        ) from error
+        raise InputError(f"the package wandb-workspaces is missing ({error}): pip install -e '.[dashboard]'") from error
     sections = []
     for name, plots in CURVES.items():
         lines: list[Any] = [

@@ -88,8 +88,8 @@ def check_package(size: int) -> None:
         import imagecorruptions  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"corruptions on the fly need the package imagecorruptions-imaug ({error}): pip install "
-            "saccade[corruptions], or give a released set with --corruptions.folder"
+            f"corruptions on the fly need the package imagecorruptions-imaug ({error}): pip install -e "
+            "'.[corruptions]', or give a released set with --corruptions.folder"
         ) from error
 
 
