@@ -10,7 +10,7 @@ from downstream.captioning.data import CaptionTask
 from downstream.captioning.models.base import Captioner
 from downstream.captioning.scoring import read_captions_of
 from downstream.config import DownstreamConfig
-from downstream.stage import best_weights, stage_folder
+from downstream.stage import BEST, best_weights, stage_folder
 from downstream.tasks.pictures import read_square
 from engine.page import Page, Picture, overlay
 
@@ -31,6 +31,10 @@ def add_word_gallery(page: Page, config: DownstreamConfig, task: CaptionTask, *,
     if not chosen:
         return
     page.heading("Word by word")
+    gone = [arm for arm in arms if not (stage_folder(config, arm=arm, seed=seed).path / BEST).is_file()]
+    if gone:
+        page.note(f"No maps: {BEST} of {', '.join(gone)}, seed {seed}, is no longer in the run folder.")
+        return
     models = {arm: _model(config, task, arm=arm, seed=seed) for arm in arms}
     for row in chosen:
         maps = {arm: _maps(model, task, row) for arm, model in models.items()}

@@ -113,6 +113,10 @@ def test_it_learns_writes_its_table_and_captions_a_folder(config: DownstreamConf
     page = (tmp_path / "out" / "index.html").read_text()
     assert "where it looked for" in page and content["images"][1]["caption"] in page
 
+    (run / "best.safetensors").unlink()  # a finished run whose weights were cleared away still has its numbers
+    main(config)
+    assert "No maps: best.safetensors of ica, seed 0" in (folder / "report" / "index.html").read_text()
+
 
 def test_a_folder_s_captions_are_those_of_the_test(config: DownstreamConfig, root: Path, tmp_path: Path) -> None:
     config = replace(config, arm="ica", epochs=1, caption=replace(config.caption, model="transformer"))
