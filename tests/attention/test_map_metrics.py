@@ -204,7 +204,7 @@ def test_emd_of_larger_maps_is_pots_on_their_averages():
 
 def test_emd_without_pot_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
-    with pytest.raises(ImportError, match=r"saccade\[metrics\]"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[metrics\]'"):
         metrics.emd(torch.rand(1, 4, 4), torch.rand(1, 4, 4))
 
 

@@ -37,5 +37,5 @@ def test_saving_needs_somebody_to_save_for(tmp_path: Path) -> None:
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    with pytest.raises(InputError, match=r"pip install saccade\[dashboard\]"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[dashboard\]'"):
         build_workspace(Config())

@@ -62,7 +62,8 @@ def config_of(name: str, *options: str) -> Config:
 
 
 def test_all_recipes_are_tried_here() -> None:
-    names = {path.stem for path in (CONFIGS / "teacher").glob("[!l]*.yaml")}
+    names = {path.stem for path in (CONFIGS / "teacher").glob("*.yaml")}
+    names = {name for name in names if not name.startswith(("label_", "objects_"))}  # of other programs
     assert names == {*EDITIONS, "osie_mixture", "demo"}  # the demo has a test of its own
     assert {path.stem for path in (CONFIGS / "shards").glob("*.yaml")} >= set(PACKED)
 
