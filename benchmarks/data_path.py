@@ -41,7 +41,7 @@ from torchvision.transforms import v2
 from pretrain.augment import recolour
 from pretrain.config import ViewsConfig
 from pretrain.data import ViewDataset
-from pretrain.views import draw_views, quick_kernels, resize_kernel
+from pretrain.views import draw_views, resize_kernel
 from shards.decode import Scratch
 from shards.labels import encode_label, label_directory, seal_labels, write_label_shard
 from shards.map_png import read_map_png
@@ -138,11 +138,10 @@ def limits(case: Case) -> dict[str, Callable[[], object]]:
             cv2.cvtColor(four, cv2.COLOR_RGBA2RGB, out)
 
     def limit(maps: bool) -> None:
-        with quick_kernels():
-            for data, two, png in zip(case.images, crops, pngs, strict=True):
-                two_resizes(simplejpeg.decode_jpeg(data, "RGBX", fastupsample=True, buffer=memory), two)
-                if maps:
-                    read_map_png(png)
+        for data, two, png in zip(case.images, crops, pngs, strict=True):
+            two_resizes(simplejpeg.decode_jpeg(data, "RGBX", fastupsample=True, buffer=memory), two)
+            if maps:
+                read_map_png(png)
 
     return {
         "decode": lambda: drop(simplejpeg.decode_jpeg(data) for data in case.images),

@@ -16,7 +16,7 @@ from engine.loading import TensorBatch, make_loader
 from engine.settings import LoopConfig
 from pretrain.config import DataConfig, ViewsConfig
 from pretrain.reuse import ArrayPool
-from pretrain.views import ViewCutter, Views, draw_views, quick_kernels
+from pretrain.views import ViewCutter, Views, draw_views
 from shards.decode import ImageHeader, image_header
 from shards.location import is_remote
 from shards.map_png import Codes, MapRows, stack_codes
@@ -159,13 +159,12 @@ class ViewDataset(Dataset[Batch]):
         size = self.image_size
         images = self._images.take((self.num_views, len(files), size, size, 3), np.uint8)
         crops, flips = views.crops.swapaxes(0, 1).tolist(), views.flips.T.tolist()
-        with quick_kernels():
-            for number, file in enumerate(files):
-                if number not in bad:
-                    try:
-                        self._cutter.cut(file.data, file.header, crops[number], flips[number], out=images[:, number])
-                    except ValueError as error:
-                        bad[number] = self._message(positions[number], error)
+        for number, file in enumerate(files):
+            if number not in bad:
+                try:
+                    self._cutter.cut(file.data, file.header, crops[number], flips[number], out=images[:, number])
+                except ValueError as error:
+                    bad[number] = self._message(positions[number], error)
         return images
 
     def _codes(self, files: list[_File]) -> np.ndarray:
