@@ -17,7 +17,7 @@ from pretrain.config import ViewsConfig
 from pretrain.data import ViewDataset, find_label_set
 from pretrain.philox import philox
 from pretrain.reuse import ArrayPool
-from pretrain.views import BLUR, GREY, ORDER, ViewCutter, Views, draw_views, quick_kernels
+from pretrain.views import BLUR, GREY, ORDER, ViewCutter, Views, draw_views
 from shards.decode import decode_rgb, image_header
 from shards.reader import ShardSet, Stored
 from tests.conftest import TinySample
@@ -132,8 +132,7 @@ def cut(
     images = np.full((len(crops), 3, size, size, 3), 7, dtype=np.uint8)
     header = image_header(data)
     assert header[:2] == stored
-    with quick_kernels():
-        ViewCutter(size).cut(data, header, crops, [flip] * len(crops), out=images[:, 1])
+    ViewCutter(size).cut(data, header, crops, [flip] * len(crops), out=images[:, 1])
     assert (images[:, ::2] == 7).all()
     return images[:, 1].astype(float)
 
