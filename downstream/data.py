@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from downstream.config import DownstreamConfig
 from downstream.protocol import Examples, Inputs, Task
 from engine.loading import make_loader
 from engine.settings import LoopConfig
 from shards.order import SampleOrder, StepBatches
 
 BatchT = TypeVar("BatchT")
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -116,3 +118,12 @@ def rows_of_rank(count: int, *, rank: int, world_size: int, size: int) -> list[n
     """One rank's rows for evaluation, in batches of at most `size`: each row on exactly one rank."""
     rows = np.arange(rank * count // world_size, (rank + 1) * count // world_size)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def limited(items: list[Item], config: DownstreamConfig) -> list[Item]:
+    """A random `data.limit` of the training set's items, in their order; all of them without a limit."""
+    limit = config.data.limit
+    if limit is None or limit >= len(items):
+        return items
+    rows = np.sort(np.random.default_rng(config.data.held_out_seed).permutation(len(items))[:limit])
+    return [items[row] for row in rows]

@@ -17,6 +17,7 @@ from downstream.captioning.objects import ObjectGrids, find_grids, open_objects
 from downstream.captioning.reading import check_skipped
 from downstream.captioning.vocabulary import PADDING, learn_vocabulary, words_of
 from downstream.config import DownstreamConfig
+from downstream.data import limited
 from downstream.tasks.features import cached_features, open_encoder
 from downstream.tasks.pictures import FeatureMaps, ImagesOnDisk, Pictures
 from engine.errors import InputError
@@ -45,7 +46,7 @@ class CaptionTask:
         for part in PARTS:
             found.parts[part] = _readable(found, part, numbers, pictures)
         self._check(found)
-        train = _limited(found.parts["train"], config)
+        train = limited(found.parts["train"], config)
         learnt = [words_of(caption) for image in train for caption in image.captions]
         self.vocabulary = learn_vocabulary(learnt, min_count=self.caption.min_count)
         self.channels, self.grid = self._shape(pictures)
@@ -200,12 +201,3 @@ def _readable(found: CaptionSet, part: str, numbers: dict[str, int], pictures: P
     if not good:
         raise InputError(f"no image to {part} can be decoded: fetch the images again")
     return good
-
-
-def _limited(images: list[CaptionedImage], config: DownstreamConfig) -> list[CaptionedImage]:
-    """A random `data.limit` of the training images, in their order."""
-    limit = config.data.limit
-    if limit is None or limit >= len(images):
-        return images
-    rows = np.sort(np.random.default_rng(config.data.held_out_seed).permutation(len(images))[:limit])
-    return [images[row] for row in rows]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from downstream.config import DownstreamConfig
+from downstream.data import limited
 from downstream.masks import grid_masks, pair_masks
 from downstream.models.text import PADDING, UNKNOWN
 from downstream.models.vqa import QuestionAnswering, SmallTrunk
@@ -137,7 +138,7 @@ class QuestionTask:
     ) -> None:
         self.config = config
         self.in_memory = in_memory
-        chosen = _limited(train.questions, config)
+        chosen = limited(train.questions, config)
         train_pictures, kept, skipped = self._open(train, chosen)
         test_pictures, tested, test_skipped = self._open(test, test.questions)
         learnt, held = _split_by_image(kept, seed=config.data.held_out_seed)
@@ -267,15 +268,6 @@ def check_skipped(skipped: Mapping[str, int], *, of: int, part: str, config: Dow
             f"or raise vqa.max_skipped {config.vqa.max_skipped:g}"
         )
     (report if Ranks().is_main else silent)(f"{part}: {total} of {of} questions skipped ({reasons})")
-
-
-def _limited(questions: list[Question], config: DownstreamConfig) -> list[Question]:
-    """A random `data.limit` of the questions, in their order."""
-    limit = config.data.limit
-    if limit is None or limit >= len(questions):
-        return questions
-    rows = np.sort(np.random.default_rng(config.data.held_out_seed).permutation(len(questions))[:limit])
-    return [questions[row] for row in rows]
 
 
 def _vocabulary(questions: list[Question], *, min_count: int) -> dict[str, int]:
