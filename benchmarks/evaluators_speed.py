@@ -66,7 +66,7 @@ def main() -> None:
             "forward_images_per_s": options.conditions * options.images / min(forward),
         },
         environment=environment(
-            device=device, image_size=options.image_size, backbone=options.backbone, images=options.images,
+            image_size=options.image_size, backbone=options.backbone, images=options.images,
             conditions=options.conditions, corrupted=options.corrupted, num_workers=options.num_workers,
             pairs=options.pairs, threads=options.threads,
         ),

@@ -71,7 +71,7 @@ def main() -> None:
             "store_vs_one_thread": ratio_of_pairs(store_times, one_thread_times),
         },
         environment=environment(
-            device=str(bench.labeller.device), backbone=options.backbone, image_size=list(size),
+            backbone=options.backbone, image_size=list(size),
             precision=options.precision, batch_size=options.batch_size, num_workers=options.num_workers,
             num_encoders=default_encoders(), num_images=num_images, pairs=options.pairs,
         ),

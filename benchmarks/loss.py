@@ -72,7 +72,7 @@ def main() -> None:
             "loss_relative_difference": agreement,
         },
         environment=environment(
-            device=options.device, rows=options.rows, columns=options.columns, dim=options.dim, pairs=options.pairs,
+            rows=options.rows, columns=options.columns, dim=options.dim, pairs=options.pairs,
             temperature=TEMPERATURE,
         ),
         title="NT-Xent by tiles",

@@ -59,7 +59,7 @@ def main() -> None:
             f"extra_mib_{middle}_whole": mib["whole"],
         },
         environment=environment(
-            device=options.device, backbone=options.backbone, image_size=options.image_size, pairs=options.pairs,
+            backbone=options.backbone, image_size=options.image_size, pairs=options.pairs,
             precision=options.precision, micro_batch=small, batch=large,
         ),
         title="A large local batch in parts",

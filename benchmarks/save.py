@@ -59,7 +59,7 @@ def main() -> None:
             "step_s": plain,
         },
         environment=environment(
-            device=str(training.accelerator.device), batch_size=options.batch_size, pairs=options.pairs,
+            batch_size=options.batch_size, pairs=options.pairs,
             checkpoint_mib=round(size / training.config.keep_checkpoints / 2**20, 1),
         ),
         title="What a checkpoint costs the training",

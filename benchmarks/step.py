@@ -84,7 +84,7 @@ def main() -> None:
         "step",
         figures=figures,
         environment=environment(
-            device=torch.cuda.get_device_name() if on_gpu else "cpu", threads=torch.get_num_threads(),
+            threads=torch.get_num_threads(),
             precision=options.precision, pairs=options.pairs,
         ),
         title="What options cost or gain in a training step",
