@@ -2,11 +2,13 @@
 
 - `corruptions_two_workers_vs_one`: the evaluator `imagenet_c` with all 15 corruptions made on the fly by two reading
   processes against one. The encoder takes 4 x 4 pixels, so that the corruptions are all the work.
+- `bare_corruptions_two_processes_vs_one`: the same corruptions in processes that do nothing else: the machine's limit.
 - `jpeg_rate_vs_forward`: features of a released set's JPEGs (ImageNet-C's layout, condition after condition: list,
   read, decode, crop, forward) against the same encoder's forward over the same pixels in memory.
 """
 
 import argparse
+import multiprocessing
 import shutil
 import tempfile
 from dataclasses import replace
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from engine.progress import silent
 from engine.ranks import Ranks
 from pretrain.evaluators.base import Subject
-from pretrain.evaluators.corruptions import corrupt
+from pretrain.evaluators.corruptions import COMMON, corrupt
 from pretrain.evaluators.features import pooled, pooled_each
 from pretrain.evaluators.imagenet_c import imagenet_c
 from pretrain.evaluators.prepare import ReleasedCrop
@@ -55,11 +57,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         two, one = _time_corruptions(Path(folder), options)
-        read, forward, device = _time_jpegs(Path(folder), options)
+        bare_two, bare_one = _time_bare_corruptions(options)
+        read, forward = _time_jpegs(Path(folder), options)
     report(
         "evaluators_speed",
         figures={
             "corruptions_two_workers_vs_one": ratio_of_pairs(two, one),
+            "bare_corruptions_two_processes_vs_one": ratio_of_pairs(bare_two, bare_one),
             "jpeg_rate_vs_forward": ratio_of_pairs(read, forward),
             "corrupted_images_per_s_two_workers": 15 * options.corrupted / min(two),
             "jpeg_images_per_s": options.conditions * options.images / min(read),
@@ -74,7 +78,8 @@ def main() -> None:
         notes=(
             "Medians over pairs, by turns in one run. `corruptions_two_workers_vs_one`: seconds of `imagenet_c` (15 "
             "corruptions on the fly, severity 3, nothing cached, the encoder taking 4 x 4 pixels) with one "
-            "reading process over seconds with two. `jpeg_rate_vs_forward`: seconds of the encoder's forward over "
+            "reading process over seconds with two; `bare_...`: the same of processes that do nothing but corrupt, "
+            "which is what two cores of this machine give. `jpeg_rate_vs_forward`: seconds of the forward over "
             "pixels in memory over seconds of features from folders of JPEGs, one after another as imagenet_c reads a "
             "released set, the start of the reading processes included; 1 would mean that reading is free."
         ),
@@ -106,8 +111,30 @@ def _time_corruptions(folder: Path, options: argparse.Namespace) -> tuple[list[f
     return time_pairs(lambda: evaluate(2), lambda: evaluate(1), num_pairs=options.pairs, warmup=0)
 
 
-def _time_jpegs(folder: Path, options: argparse.Namespace) -> tuple[list[float], list[float], str]:
-    """Seconds of features from JPEGs, condition after condition, and of the forward alone, and the device."""
+def _time_bare_corruptions(options: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """Seconds of the corruptions alone in two processes and in one, the same images in all."""
+    rng = np.random.default_rng(0)
+    shape = (options.corrupted // 4, options.image_size, options.image_size, 3)
+    images = rng.integers(0, 256, shape, dtype=np.uint8)
+
+    def share(rank: int, num_ranks: int) -> None:
+        for name in COMMON:
+            for seed, image in enumerate(images[rank::num_ranks]):
+                corrupt(image, name, severity=3, seed=seed)
+
+    def run(num_ranks: int) -> None:
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=share, args=(rank, num_ranks)) for rank in range(num_ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+
+    return time_pairs(lambda: run(2), lambda: run(1), num_pairs=options.pairs, warmup=0)
+
+
+def _time_jpegs(folder: Path, options: argparse.Namespace) -> tuple[list[float], list[float]]:
+    """Seconds of features from JPEGs, condition after condition, and of the forward alone."""
     sample = _sample(folder / "many", num_val=options.images, size=options.image_size + 32) / "val"
     classes = tuple(sorted(path.name for path in sample.iterdir()))
     conditions = [folder / "released" / "fog" / str(severity) for severity in range(1, options.conditions + 1)]
@@ -138,7 +165,7 @@ def _time_jpegs(folder: Path, options: argparse.Namespace) -> tuple[list[float],
                 found = [compute(to_inputs(part, subject))["features"] for part in pixels.split(probe.batch_size)]
                 torch.cat(found).cpu()
 
-    return *time_pairs(read, forward, num_pairs=options.pairs), str(subject.device)
+    return time_pairs(read, forward, num_pairs=options.pairs)
 
 
 def _subject(probe: ProbeConfig) -> Subject:
@@ -162,7 +189,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=224, help="pixels (default: %(default)s)")
     parser.add_argument("--images", type=int, default=192, help="JPEGs of a condition (default: %(default)s)")
     parser.add_argument("--conditions", type=int, default=4, help="folders of JPEGs (default: %(default)s)")
-    parser.add_argument("--corrupted", type=int, default=96, help="images of each corruption (default: %(default)s)")
+    parser.add_argument("--corrupted", type=int, default=192, help="images of each corruption (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, help="images a forward (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=1, help="processes that read JPEGs (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the encoder on a CPU (default: %(default)s)")
