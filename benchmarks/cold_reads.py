@@ -1,6 +1,6 @@
 """Bytes read per sample from a cold page cache, against the size of the image files.
 
-    python benchmarks/cold_reads.py --source FOLDER        FOLDER holds osie/ and imagenette128/
+    python benchmarks/cold_reads.py [--source FOLDER]     FOLDER, or else SACCADE_DATA, holds osie/ and imagenette128/
 
 Sets of images are packed, their pages dropped from the page cache, and samples read in training's shuffled order:
 a single batch (what a seek costs), and a whole epoch. Counted by the kernel for this process: bytes asked for by
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from common import environment, report
+from common import add_source, environment, report
 from data_path import osie_like
 
 from shards.order import SampleOrder
@@ -93,7 +93,7 @@ def measure(images: list[bytes], folder: Path) -> dict[str, float]:
 def main() -> None:
     """Measure both sets and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder with osie/ and imagenette128/")
+    add_source(parser, holds="osie/ and imagenette128/")
     parser.add_argument("--images", type=int, default=700, help="images of each set")
     options = parser.parse_args()
     nette = sorted((options.source / "imagenette128" / "train").rglob("*.*"))

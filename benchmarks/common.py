@@ -1,6 +1,8 @@
 """What every benchmark needs: the environment it ran in, timing in pairs, and results written the same way."""
 
+import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +14,27 @@ import torch
 from engine.environment import environment as engine_environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def add_source(parser: argparse.ArgumentParser, *, holds: str, below: str = "") -> None:
+    """Add `--source`, the folder of the images that a benchmark is run on.
+
+    Where it is not given, it is the folder that the environment variable SACCADE_DATA names, or `below` in it; without
+    either the program ends with one line and exit code 2.
+
+    Args:
+        holds: what the folder must hold, for messages.
+    """
+
+    def folder(text: str) -> Path:
+        if text and Path(text).is_dir():
+            return Path(text)
+        found = f"{text} is no folder" if text else "no --source given, and SACCADE_DATA is not set"
+        parser.exit(2, f"{parser.prog}: {found}: give a folder with {holds} as --source\n")
+
+    data = os.environ.get("SACCADE_DATA", "")
+    default = str(Path(data, below)) if data else ""
+    parser.add_argument("--source", type=folder, default=default, help=f"folder with {holds} (default: SACCADE_DATA)")
 
 
 def environment(**more: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Images per second and core from JPEG to two SimCLR views: ours, lightly's, webdataset + torchvision, decoding alone.
 
-    python benchmarks/data_path.py --source FOLDER        FOLDER holds osie/ and imagenette128/
+    python benchmarks/data_path.py [--source FOLDER]     FOLDER, or else SACCADE_DATA, holds osie/ and imagenette128/
 
 One process, one thread, processor time, by turns in one run; results are dropped as they come, as a training step
 drops its batch. On OSIE's stimuli resized to 500x375 (quality 90), views of 224 pixels with SimCLR's augmentations;
@@ -12,8 +12,9 @@ JPEG, as it is called by default. "limit" is what our worker cannot leave out: s
 memory that it keeps, colours repeated, not interpolated, four bytes a pixel), two bare OpenCV resizes with the worker's
 crops and kernels, the fourth byte dropped, and the decompression of the map; files are in memory, nothing is drawn,
 checked, flipped or counted. "without_map" leaves the maps out of both. Maps are an image's own low-pass contrast, about
-as large as a teacher's: one map for all would teach the processor its branches. Bytes read from a cold page cache:
-benchmarks/cold_reads.py.
+as large as a teacher's: one map for all would teach the processor its branches. "resize_difference", not timed: of the
+worker's views to torchvision's resized_crop (bicubic, antialiased) of the same crops of the fully decoded image, in
+levels of 0 to 255, mean over all values and largest. Bytes read from a cold page cache: benchmarks/cold_reads.py.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import simplejpeg
 import torch
 import webdataset
 import yaml
-from common import environment, ratio_of_pairs, report, time_pairs
+from common import add_source, environment, ratio_of_pairs, report, time_pairs
 from lightly.transforms import SimCLRTransform
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -41,8 +42,8 @@ from torchvision.transforms import v2
 from pretrain.augment import recolour
 from pretrain.config import ViewsConfig
 from pretrain.data import ViewDataset
-from pretrain.views import draw_views, resize_kernel
-from shards.decode import Scratch
+from pretrain.views import ViewCutter, draw_views, resize_kernel
+from shards.decode import Scratch, image_header
 from shards.labels import encode_label, label_directory, seal_labels, write_label_shard
 from shards.map_png import read_map_png
 from shards.pack import pack
@@ -150,6 +151,27 @@ def limits(case: Case) -> dict[str, Callable[[], object]]:
     }
 
 
+def resize_difference(case: Case) -> dict[str, float]:
+    """How far the worker's crops are from an antialiased bicubic resize, colours decoded fast and all."""
+    sizes = [simplejpeg.decode_jpeg_header(image)[:2] for image in case.images]
+    count = len(sizes)
+    drawn = draw_views(case.views, seed=0, epochs=[0] * count, samples=range(count), sizes=sizes, num_views=2)
+    cutter, found = ViewCutter(case.size), []
+    views = np.empty((2, case.size, case.size, 3), dtype=np.uint8)
+    for data, two in zip(case.images, drawn.crops.swapaxes(0, 1).tolist(), strict=True):
+        cutter.cut(data, image_header(data), two, (False, False), out=views)
+        image = torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
+        for crop, view in zip(two, views, strict=True):
+            reference = v2.functional.resized_crop(
+                image, *crop, [case.size] * 2, interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+            )
+            found.append(np.abs(view.astype(np.int16) - reference.permute(1, 2, 0).numpy()))
+    return {
+        "resize_difference_mean": float(np.mean([each.mean() for each in found])),
+        "resize_difference_max": float(max(each.max() for each in found)),
+    }
+
+
 def theirs(case: Case, image_folder: Path, shards: Path) -> dict[str, Callable[[], object]]:
     """lightly's transform and torchvision's behind webdataset, with the same strengths."""
     views, size = case.views, case.size
@@ -235,7 +257,7 @@ def cases(source: Path, count: int) -> dict[str, Case]:
 def main() -> None:
     """Measure all cases and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder with osie/ and imagenette128/")
+    add_source(parser, holds="osie/ and imagenette128/")
     parser.add_argument("--images", type=int, default=256, help="images per pass")
     parser.add_argument("--pairs", type=int, default=5, help="timed pairs per ratio")
     options = parser.parse_args()
@@ -247,7 +269,8 @@ def main() -> None:
             image_folder, shards = prepare(case.images, Path(folder))
             functions = ours(case, shards) | limits(case) | theirs(case, image_folder, Path(folder) / "shards")
             found = measure(functions, QUESTIONS, num_images=options.images, pairs=options.pairs)
-            figures |= {prefix + name: value for name, value in found.items()}
+        found |= resize_difference(case)
+        figures |= {prefix + name: value for name, value in found.items()}
     report(
         "data_path",
         figures=figures,

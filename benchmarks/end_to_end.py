@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from common import environment, report
+from common import add_source, environment, report
 from lightly.loss import NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
 from lightly.transforms import SimCLRTransform
@@ -265,7 +265,7 @@ def _report(
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--source", type=Path, required=True, help="folder with train/ and val/ image folders")
+    add_source(parser, holds="train/ and val/ image folders", below="imagenette128")
     parser.add_argument("--epochs", type=float, default=4, help="passes of each training (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=2, help="trainings of each side (default: %(default)s)")
     parser.add_argument("--size", type=int, default=64, help="side of a view, pixels (default: %(default)s)")

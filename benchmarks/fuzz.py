@@ -1,4 +1,7 @@
-"""Damaged archives, indices, manifests, images and maps by the hundred thousand: `python benchmarks/fuzz.py`.
+"""Damaged files of every kind that is read, by the hundred thousand: `python benchmarks/fuzz.py`.
+
+Archives, indices and manifests, 100,000 of them together, and as many of each of images, maps, objects and lists of bad
+samples.
 
 Each case is made from its number, read in a process of its own kind, and may end quietly or in one of our own errors.
 Anything else is a foreign error; a case that takes longer than the limit is a hang; a process that dies is counted too.
@@ -108,7 +111,7 @@ def run(num_cases: int, *, minutes: float, limit_s: float) -> tuple[dict[str, in
 def main() -> None:
     """Fuzz and write the results; exit code 1 on any fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=100_000, help="cases over all readers")
+    parser.add_argument("--cases", type=int, default=240_000, help="cases over all readers, each an equal part")
     parser.add_argument("--minutes", type=float, default=30, help="stop after this time")
     parser.add_argument("--limit", type=float, default=10, help="seconds after which one case counts as a hang")
     options = parser.parse_args()

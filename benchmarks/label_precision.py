@@ -3,7 +3,8 @@
     python benchmarks/label_precision.py --run runs/osie-teacher --shards data/first_run/osie/val
 
 The teacher's densities are brought to 56x56, stored as label shards store them (square-root companding, PNG), read
-back, and compared with the floats they were made from.
+back, and compared with the floats they were made from. "bytes_per_label" is the PNG alone, "tar_bytes_per_label" what
+it takes in the shard, with its header and padded to whole blocks of 512 bytes.
 """
 
 import argparse
@@ -17,9 +18,10 @@ from common import environment, report
 from attention.losses import kld
 from attention.maps import decode_map_np
 from shards.gaze import resize_density
-from shards.labels import encode_label
+from shards.labels import MAP, encode_label
 from shards.map_png import decode_map_png
 from shards.reader import ShardSet
+from shards.tar import header_of, padded
 from teacher.data import load_image
 from teacher.saved import load_teacher
 
@@ -33,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     teacher, shards = load_teacher(options.run), ShardSet(options.shards)
     rows = [(shard, row) for shard, count in enumerate(shards.shard_sizes.tolist()) for row in range(count)]
-    divergences, label_bytes, image_bytes = [], 0, 0
+    divergences, label_bytes, tar_bytes, image_bytes = [], 0, 0, 0
     for shard, row in rows[: options.images]:
         data = shards.read(shard, row).image
         stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR).shape[:2]
@@ -46,13 +48,16 @@ def main() -> None:
         kept = torch.from_numpy(decode_map_np(decode_map_png(png)))[None]
         divergences.append(kld(kept.clamp(min=1e-12).log(), density).item())
         label_bytes, image_bytes = label_bytes + len(png), image_bytes + len(data)
+        tar_bytes += len(header_of(f"{shards.key(shard, row)}.{MAP}", len(png))) + padded(len(png))
     count = len(divergences)
     figures = {
         "kld_stored_vs_float": float(np.mean(divergences)),
         "kld_stored_vs_float_max": float(np.max(divergences)),
         "bytes_per_label": label_bytes / count,
+        "tar_bytes_per_label": tar_bytes / count,
         "bytes_per_image": image_bytes / count,
         "label_bytes_over_image_bytes": label_bytes / image_bytes,
+        "tar_bytes_over_image_bytes": tar_bytes / image_bytes,
     }
     report(
         "label_precision",

@@ -1,22 +1,27 @@
 """What each option costs or gains in a training step: `python benchmarks/step.py [--device cuda]`.
 
 Every option is timed in pairs with the plain student (eager, contiguous, unfused, no average, no attention) in one run:
-the same pixels in memory, forward, loss, backward and optimiser, without the data loader. The attention arm is measured
-on a ResNet-50 at 224 pixels, and its share of the floating-point operations is counted as well.
+the same pixels in memory, forward, loss, backward and optimiser, without the data loader. Memory is the growth of a
+fresh process's peak (on a GPU, of the allocator's) during one step over what weights, optimiser and batch take. The
+attention arm is measured on a ResNet-50 at 224 pixels, and its share of the floating-point operations is counted as
+well.
 """
 
 import argparse
 import gc
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
-from common import environment, ratio_of_pairs, report, time_pairs
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common import environment, ratio_of_pairs, report, time_pairs
+from benchmarks.loss import in_fresh_process, peak_growth
 from engine.optim import build_optimizer
 from engine.passes import Backward
 from engine.settings import OptimConfig
@@ -80,6 +85,9 @@ def main() -> None:
         pairs = _option_pairs(name, accelerator, small, pairs=options.pairs, clock=clock)
         figures[f"{name}_vs_plain"] = ratio_of_pairs(*pairs)
         rows.append(_row(name, small, pairs))
+    # so many images that activations, and not the optimiser's scratch space, make the peak
+    memory, memory_rows = _memory(large, large if on_gpu else replace(small, batch=128), options)
+    figures |= memory
     report(
         "step",
         figures=figures,
@@ -92,10 +100,18 @@ def main() -> None:
             "`attention_step_cost`: the attention arm's step time over the contrastive arm's, minus 1 (ResNet-50, 224 "
             "px, one head on the last stage); `attention_flops_share`: the same on paper, forward and backward. "
             "`<option>_vs_plain`: plain step time over the option's, above 1 meaning that the option is faster. All "
-            "are medians over pairs in one run; the data loader is left out."
+            "are medians over pairs in one run; the data loader is left out. `<option>_memory_vs_plain`: what a plain "
+            "step adds to the peak of a fresh process (on a GPU: of the allocator) beyond weights, gradients, "
+            "optimiser and batch, over what the option's step adds, above 1 meaning that the option needs less; "
+            "`attention_memory_cost`: the attention arm's over the contrastive arm's, minus 1. What an option keeps "
+            "between steps, as `ema` a copy of the weights, is not in it."
         ),
         table="\n".join(
-            ["| what | backbone | px | images | s/step with | s/step without |", "|---|---|---|---|---|---|", *rows]
+            [
+                "| what | backbone | px | images | s/step with | s/step without |", "|---|---|---|---|---|---|", *rows,
+                "",
+                "| what | backbone | px | images | MiB with | MiB without |", "|---|---|---|---|---|---|", *memory_rows,
+            ]
         ),
     )  # fmt: skip
 
@@ -107,6 +123,11 @@ def _attention_pairs(accelerator: Accelerator, size: Size, **timing: Any) -> tup
 
 
 def _option_pairs(name: str, accelerator: Accelerator, size: Size, **timing: Any) -> tuple[list[float], list[float]]:
+    batch = synthetic_batch(size, device=accelerator.device)
+    return _time([Step(config, accelerator, batch) for config in _with_and_without(name, size)], **timing)
+
+
+def _with_and_without(name: str, size: Size) -> list[Config]:
     plain = _config(size, arm="contrastive")
     changed = {
         "compile": replace(plain, compile=True),
@@ -115,8 +136,37 @@ def _option_pairs(name: str, accelerator: Accelerator, size: Size, **timing: Any
         "gradient_checkpointing": replace(plain, model=replace(plain.model, gradient_checkpointing=True)),
         "ema": replace(plain, ema=0.999),
     }
-    batch = synthetic_batch(size, device=accelerator.device)
-    return _time([Step(config, accelerator, batch) for config in (changed[name], plain)], **timing)
+    return [changed[name], plain]
+
+
+def _memory(large: Size, small: Size, options: argparse.Namespace) -> tuple[dict[str, float], list[str]]:
+    """Figures and rows of the table: what a step adds to the peak of a process of its own, by option."""
+
+    def growth(config: Config, size: Size) -> int:
+        # blocks go back to the system as soon as they are freed, and what is resident is what is in use
+        with mock.patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
+            return int(in_fresh_process(_step_growth, config, size, options.device, options.precision))
+
+    arms = [growth(_config(large, arm=arm), large) for arm in ("contrastive+attention", "contrastive")]
+    figures = {"attention_memory_cost": arms[0] / arms[1] - 1}
+    rows = [_memory_row("attention arm", large, *arms)]
+    plain = growth(_config(small, arm="contrastive"), small)
+    for name in OPTIONS:
+        if name != "compile":  # the compiler takes more than the step
+            found = growth(_with_and_without(name, small)[0], small)
+            figures[f"{name}_memory_vs_plain"] = plain / found
+            rows.append(_memory_row(name, small, found, plain))
+    return figures, rows
+
+
+def _step_growth(config: Config, size: Size, device: str, precision: str) -> int:
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
+    # a few images bring gradients, the optimiser's state and the libraries' workspaces; memory that the whole batch
+    # left behind in the process would hide what its next step takes
+    step = Step(config, accelerator, synthetic_batch(replace(size, batch=2), device=accelerator.device))
+    step()
+    step.batch = synthetic_batch(size, device=accelerator.device)
+    return peak_growth(step, device)
 
 
 def _time(steps: list[Step], *, pairs: int, clock: Callable[[], float]) -> tuple[list[float], list[float]]:
@@ -172,6 +222,11 @@ def _config(size: Size, *, arm: Any) -> Config:
 def _row(name: str, size: Size, times: tuple[list[float], list[float]]) -> str:
     seconds = [sorted(one)[len(one) // 2] for one in times]
     return f"| {name} | {size.backbone} | {size.image_size} | {size.batch} | {seconds[0]:.4g} | {seconds[1]:.4g} |"
+
+
+def _memory_row(name: str, size: Size, *peaks: int) -> str:
+    mib = " | ".join(f"{peak / 2**20:.4g}" for peak in peaks)
+    return f"| {name} | {size.backbone} | {size.image_size} | {size.batch} | {mib} |"
 
 
 def _options() -> argparse.Namespace:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
-from engine.files import append_lines, read_lines, write_json
+from engine.files import append_lines, give_time, read_lines, write_json
 
 EXIT_FILE = "exit.json"
 MAX_FAILURES = 3
@@ -52,9 +52,13 @@ class Attempts:
 
     def end(self, step: int, *, cause: str, failed: bool) -> None:
         """Note that the attempt ended after `step`; a stop on request has not failed."""
-        with suppress(OSError):  # what ends the attempt may be the file system itself
-            number = max((line["attempt"] for line in read_lines(self.path)), default=0)
-            self._append({"attempt": number, "end": step, "cause": cause, "failed": failed})
+
+        def write() -> None:
+            with suppress(OSError):
+                number = max((line["attempt"] for line in read_lines(self.path)), default=0)
+                self._append({"attempt": number, "end": step, "cause": cause, "failed": failed})
+
+        give_time(write)  # what ends the attempt may be the file system itself
 
     def _read(self) -> list[dict[str, Any]]:
         attempts: dict[int, dict[str, Any]] = {}
@@ -67,11 +71,15 @@ class Attempts:
 
 
 def write_exit(run: Path, code: int, *, reason: str) -> None:
-    """Leave `exit.json` in a run folder that exists; never fails, since the program is ending already."""
-    ends = [line["end"] for line in _lines_or_none(run / "attempts.jsonl") if "end" in line]
-    with suppress(OSError):
-        if run.is_dir():
-            write_json(run / EXIT_FILE, {"code": code, "reason": reason, "step": ends[-1] if ends else None})
+    """Leave `exit.json` in a run folder that exists; never fails nor hangs, since the program is ending already."""
+
+    def write() -> None:
+        ends = [line["end"] for line in _lines_or_none(run / "attempts.jsonl") if "end" in line]
+        with suppress(OSError):
+            if run.is_dir():
+                write_json(run / EXIT_FILE, {"code": code, "reason": reason, "step": ends[-1] if ends else None})
+
+    give_time(write)
 
 
 def clear_exit(run: Path) -> None:

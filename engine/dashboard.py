@@ -9,7 +9,10 @@ from engine.files import atomic_write
 from engine.program import run_program
 from engine.progress import report
 
-# Section to the panels in it: title and metrics, or a pattern of metrics.
+EVERYTHING = "everything"
+
+# Section to the panels in it: title and metrics, or a pattern of metrics, which must not look ahead: W&B takes RE2's
+# syntax. A report draws the same sections.
 CURVES: dict[str, dict[str, list[Any] | str]] = {
     "Losses": {
         "loss": ["train/loss"],
@@ -19,13 +22,15 @@ CURVES: dict[str, dict[str, list[Any] | str]] = {
         "attention: KLD": ["train/kld"],
         "attention: NSS": ["train/nss"],
     },
-    "Evaluators during training": {
+    "Evaluators": {
         "linear probe, top-1 %": ["online/linear_probe/top1"],
         "nearest neighbours, top-1 %": ["online/knn/top1"],
         "alignment with people: NSS": ["online/attention/nss"],
+        "alignment with people: CC": ["online/attention/cc"],
+        "alignment with people: KLD": ["online/attention/kld"],
         "corrupted images, mean top-1 %": "online/imagenet_c/(partial_)?mean_top1",
         "retrieval": "online/retrieval/.*",
-        "all others": "online/(?!linear_probe|knn|attention|imagenet_c|retrieval).*",
+        EVERYTHING: "online/.*",
     },
     "Teacher": {
         "validation: NSS": ["val/nss"],
@@ -42,13 +47,31 @@ CURVES: dict[str, dict[str, list[Any] | str]] = {
     "Health": {
         "learning rate": ["lr"],
         "steps skipped": ["train/skipped"],
+        "share of views that learn attention": ["train/attention_views"],
         "two views' distance": ["train/alignment"],
         "uniformity": ["train/uniformity"],
         "rank of the embeddings": ["train/embedding_rank"],
         "attention's gradient to NT-Xent's": ["train/gradient_ratio"],
     },
 }
-TABLES = ("overview", "alignment", "imagenet_c", "by_severity", "retrieval", "robust_gaze", "finetune")
+# Tables that a report sends; those of evaluators from other packages come under their own names.
+TABLES = (
+    "overview",
+    "alignment",
+    "imagenet_c",
+    "imagenet_c_corruptions",
+    "imagenet_c_ce",
+    "by_severity",
+    "robust_gaze",
+    "robust_gaze_severity",
+    "retrieval",
+    "precision_recall",
+    "finetune",
+    "training",
+    "protocols",
+    "differences",
+    "origins",
+)
 
 
 @dataclass

@@ -2,21 +2,24 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from engine.files import append_lines
+from engine.files import append_lines, give_time
 from engine.launch import uses_deepspeed
 from engine.passes import Backward
 from engine.training import Training
 
 Positions = list[tuple[int, ...]]
+SampleNote = dict[str, list[Any]]  # lists of one entry a sample: "positions", "keys", ...
 
 
 class CheckedBackward(Backward):
@@ -41,7 +44,7 @@ class _Step:
     """A step (counted from 1, as in the metrics) that was asked about, and the answer on its way to the host."""
 
     step: int
-    positions: Positions | None
+    note: Callable[[], SampleNote] | None
     loss: Tensor
     finite: Tensor
     bad: Tensor
@@ -69,13 +72,16 @@ class StepGuard:
         """For the step function of one step."""
         return CheckedBackward(self.training.accelerator, self.training.module)
 
-    def finish(self, backward: CheckedBackward, loss: Tensor, *, step: int, positions: Positions | None) -> Tensor:
+    def finish(
+        self, backward: CheckedBackward, loss: Tensor, *, step: int, note: Callable[[], SampleNote] | None
+    ) -> Tensor:
         """Clip the gradient and make the optimiser's step, or skip it.
 
         Args:
             backward: that was handed to the step function.
             loss: of the step, for the note about a skipped one.
             step: steps done before.
+            note: says which samples this rank's batch holds; called only if the step is skipped.
 
         Returns:
             Whether the step counts: a boolean scalar on the loss's device.
@@ -96,7 +102,7 @@ class StepGuard:
         if bad.is_cuda:
             copied = torch.cuda.Event()
             copied.record()
-        self._pending = _Step(step + 1, positions, loss.detach(), finite, answer, copied)
+        self._pending = _Step(step + 1, note, loss.detach(), finite, answer, copied)
         if copied is None:
             self.settle()
         return ~bad.to(loss.device)
@@ -149,19 +155,23 @@ class StepGuard:
     def _note(self, last: _Step) -> None:
         """One line in `bad_batches.jsonl` and one for whoever watches."""
         ranks, run = self.training.ranks, self.training.run
-        parts = ranks.gather((float(last.loss), bool(last.finite), last.positions))
+        parts = ranks.gather((float(last.loss), bool(last.finite), last.note() if last.note is not None else {}))
         bad_ranks = [rank for rank, (_, finite, _) in enumerate(parts) if not finite]
         where = f"the loss of rank {', '.join(map(str, bad_ranks))}" if bad_ranks else "the gradient"
         self.training.report(f"step {last.step} skipped: {where} is not finite")
         if ranks.is_main:
-            line = {
+            line: dict[str, Any] = {
                 "step": last.step,
                 "ranks": bad_ranks,
                 "losses": [loss if math.isfinite(loss) else str(loss) for loss, _, _ in parts],
-                "positions": [position for _, _, part in parts for position in part or []],
             }
-            with suppress(OSError):
-                append_lines(run.bad_batches_file, json.dumps(line))
+            line |= {name: [value for _, _, note in parts for value in note[name]] for name in parts[0][2]}
+            give_time(partial(_append, run.bad_batches_file, json.dumps(line)))
+
+
+def _append(file: Path, line: str) -> None:
+    with suppress(OSError):
+        append_lines(file, line)
 
 
 @contextmanager

@@ -4,13 +4,16 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 1 << 20
+# Far longer than a small file takes on a slow file system: one that does not answer until then hangs.
+HANG_S = 30.0
 
 
 def fsync_directory(path: Path) -> None:
@@ -59,6 +62,20 @@ def append_lines(path: Path, *lines: str) -> None:
             with suppress(OSError):
                 file.truncate(start)
             raise
+
+
+def give_time(work: Callable[[], None]) -> threading.Thread:
+    """Do `work` on small files, which must not raise, and go on without it after half a minute.
+
+    A file system whose server is gone may not answer for hours, and whoever asks it waits as long.
+
+    Returns:
+        The thread of the work: alive while it hangs. The process may end without it.
+    """
+    thread = threading.Thread(target=work, name="files", daemon=True)
+    thread.start()
+    thread.join(HANG_S)
+    return thread
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """Loaders of whole batches, and the count of what they could not read."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, Protocol, Self, TypeVar
 
 import cv2
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine.errors import InputError
+from engine.faults import SampleNote
 from engine.forking import end_opencv_threads
 from engine.pulse import PULSE
 from engine.stop import outlast_stop_signals
@@ -22,9 +24,15 @@ class TensorBatch:
 
     Attributes:
         positions: which samples it holds, as its loader was asked for them; set when it comes out of the loader.
+        key_of: the data set's `key_of`, the key of the sample at a position, where it has one; set likewise.
     """
 
     positions: list[Any] | None = None
+    key_of: Callable[[Any], str] | None = None
+
+    def note(self) -> Callable[[], SampleNote]:
+        """Says, when called, which samples the batch holds; keeps none of its tensors."""
+        return partial(_name_samples, self.positions or [], self.key_of)
 
     def to(self, device: torch.device) -> Self:
         """The batch with its tensors on `device`."""
@@ -50,7 +58,7 @@ class PositionedLoader(DataLoader[Any]):
             positions = asked.popleft()
             PULSE.beat()
             if isinstance(batch, TensorBatch):
-                batch.positions = positions
+                batch.positions, batch.key_of = positions, getattr(self.dataset, "key_of", None)
             yield batch
 
 
@@ -115,7 +123,8 @@ def counted(batches: Iterator[BatchT], training: Training, *, start: int, max_fr
     The count lives in the checkpoint's `extra`, so it survives a resume.
 
     Raises:
-        InputError: more than `max_fraction` of the samples read since the run began were bad, and more than one.
+        InputError: more than `max_fraction` of the samples read since the run began were bad, and more than one; with 0
+            at the first. The metrics then end in a line with the count.
     """
     extra = training.extra
     extra.setdefault("num_bad", 0)
@@ -124,15 +133,32 @@ def counted(batches: Iterator[BatchT], training: Training, *, start: int, max_fr
         if training.ranks.any(bool(batch.bad)):
             reasons = [reason for part in training.ranks.gather(batch.bad) for reason in part]
             for reason in reasons:
-                training.report(f"bad sample at step {step}: {reason}")
+                training.report(f"bad sample at step {step + 1}: {reason}")
             extra["num_bad"] += len(reasons)
             num_read = (step + 1) * training.batch_size
-            if extra["num_bad"] > max(1, max_fraction * num_read):
+            if extra["num_bad"] > (max(1, max_fraction * num_read) if max_fraction else 0):
+                if training.tracker is not None:
+                    training.tracker.log({"data/num_bad": extra["num_bad"]}, step=step + 1)
                 raise InputError(
                     f"{extra['num_bad']} of {num_read} samples could not be read (data.max_bad_fraction "
                     f"{max_fraction}); the last: {reasons[-1]}; run shards/verify.py on the shards"
                 )
         yield batch
+
+
+def _name_samples(positions: list[Any], key_of: Callable[[Any], str] | None) -> SampleNote:
+    """Positions, and keys where there are any; None for one that cannot be found out."""
+    note: SampleNote = {"positions": positions}
+    if key_of is not None:
+        note["keys"] = [_key(key_of, position) for position in positions]
+    return note
+
+
+def _key(key_of: Callable[[Any], str], position: Any) -> str | None:
+    try:
+        return key_of(position)
+    except (ValueError, OSError):
+        return None
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -76,7 +76,7 @@ def fit(
             asked = signalled or done == training.config.stop_after
             if asked or last or done % training.config.checkpoint_every == 0:
                 guard.settle()
-                training.save(done)
+                training.save(done, last=asked or last)
             _report_trouble(training)
             if asked or last:
                 training.at("saving")
@@ -97,7 +97,8 @@ def _train_step(
         _record(training, step, positions)
     backward = guard.backward()
     scalars = step_function(batch, step=step, backward=backward)
-    counts = guard.finish(backward, scalars["loss"], step=step, positions=positions)
+    note = batch.note() if hasattr(batch, "note") else None
+    counts = guard.finish(backward, scalars["loss"], step=step, note=note)
     return counts, {name: value.detach() for name, value in scalars.items()}
 
 

@@ -14,7 +14,11 @@ BYTES_PER_GIB = 2**30
 
 
 class Meter:
-    """Collects scalars and times between two reports; the times are this rank's, the scalars the mean over ranks."""
+    """Collects scalars and times between two reports.
+
+    Scalars are means over ranks, times are this rank's; the share of waiting for data is that of the rank that waits
+    the most, since in a step all ranks wait for the last.
+    """
 
     def __init__(self, training: Training) -> None:
         self.training = training
@@ -45,17 +49,19 @@ class Meter:
         means = {name: total / number for name, (total, number) in self._sums.items() if number > 0}
         values = training.ranks.mean(means) if means else {}
         self._check(values, step)
-        seconds = self._seconds / self._steps
+        seconds, data_wait = self._seconds / self._steps, max(training.ranks.gather(self._waited / self._seconds))
         rate = training.batch_size / seconds
         numbers = {
             "time/step_s": seconds,
-            "time/data_wait": self._waited / self._seconds,
+            "time/data_wait": data_wait,
             "time/images_per_s": rate,
             "time/images_per_s_device": rate / training.ranks.world_size,
             "memory/peak_gib": peak_memory(training.accelerator.device),
             "lr": training.schedule(step - 1),
             "train/skipped": float(training.extra["num_skipped"]),
         }
+        if "num_bad" in training.extra:
+            numbers["data/num_bad"] = float(training.extra["num_bad"])
         if training.ranks.is_main:
             assert training.tracker is not None
             training.tracker.log({f"train/{k}": v for k, v in values.items()} | numbers, step=step)
@@ -66,7 +72,7 @@ class Meter:
                     values=values,
                     step_seconds=seconds,
                     images_per_second=rate,
-                    data_wait=numbers["time/data_wait"],
+                    data_wait=data_wait,
                 )
             )
         self._reset()

@@ -29,7 +29,12 @@ caption { text-align: left; padding-bottom: .4rem; max-width: calc(min(62rem, 10
 figure { margin: 1rem 0; } figcaption, caption, .note { color: var(--grey); font-size: .9rem; }
 .grey, td.grey, tr.grey th, tr.grey td { color: var(--grey); font-style: italic; font-weight: normal; }
 figure.plot img { max-width: 100%; background: #fff; border-radius: .4rem; }
-@media (prefers-color-scheme: dark) { figure.plot img { filter: invert(.9) hue-rotate(180deg); } }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 0 1.5rem; }
+.plots figure { margin: .5rem 0; display: flex; flex-direction: column-reverse; justify-content: flex-end; }
+.plots figure.plot img { width: 100%; }
+.legend { display: flex; flex-wrap: wrap; gap: 0 1.2rem; padding: 0; list-style: none; font-size: .9rem; }
+.legend i { display: inline-block; width: 1.6rem; margin-right: .4rem; vertical-align: middle; }
+@media (prefers-color-scheme: dark) { figure.plot img, .legend i { filter: invert(.9) hue-rotate(180deg); } }
 th[scope=row] { position: sticky; left: 0; background: Canvas; }
 .gallery td, .gallery th { border: 0; padding: .2rem; text-align: center; max-width: 9rem; overflow-wrap: anywhere; }
 .gallery img { width: 8.5rem; height: auto; border-radius: .3rem; display: block; }
@@ -50,6 +55,8 @@ code, pre { background: var(--soft); border-radius: .3rem; padding: .1rem .3rem;
 
 
 LONG = 40  # characters of a cell that may be broken into lines
+COLOURS = ("1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "7f7f7f", "bcbd22", "17becf")
+LineStyle = tuple[str, str]  # colour and kind of a line, by names that CSS and matplotlib share
 
 
 class Grey(str):
@@ -123,6 +130,20 @@ class Page:
             f'<figure class="plot"><img src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" '
             f'alt="{html.escape(alt)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
         )
+
+    def plots(
+        self, drawings: Sequence[tuple[bytes, str, str]], *, legend: Mapping[str, LineStyle], folded: str = ""
+    ) -> None:
+        """Add small drawings (SVG, alternative text, caption) under the legend they share; `folded`: behind a title."""
+        names = "".join(
+            f'<li><i style="border-top: 3px {kind} {colour}"></i>{html.escape(label)}</li>'
+            for label, (colour, kind) in legend.items()
+        )
+        before, after = (f"<details><summary>{html.escape(folded)}</summary>", "</details>") if folded else ("", "")
+        self.parts.append(f'{before}<ul class="legend">{names}</ul><div class="plots">')
+        for svg, alt, caption in drawings:
+            self.plot(svg, alt=alt, caption=caption)
+        self.parts.append(f"</div>{after}")
 
     def gallery(
         self, columns: Sequence[str], rows: Sequence[Sequence[tuple[np.ndarray, str]]], *, caption: str
@@ -238,8 +259,21 @@ def overlay(image: np.ndarray, density: np.ndarray, *, strength: float = 0.6) ->
     return (image * (1 - weight) + heat * weight).astype(np.uint8)
 
 
-def curves_svg(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x_label: str, y_label: str) -> bytes:
-    """Line plot of named (x, y) curves as SVG."""
+def line_styles(labels: Sequence[str]) -> dict[str, LineStyle]:
+    """A line for each label, so that it looks the same in every drawing of a page; the 31st has the first one's."""
+    kinds = ("solid", "dashed", "dotted")
+    styles = [(f"#{colour}", kind) for kind in kinds for colour in COLOURS]
+    return {label: styles[number % len(styles)] for number, label in enumerate(labels)}
+
+
+def curves_svg(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x_label: str,
+    y_label: str,
+    styles: Mapping[str, LineStyle] | None = None,
+) -> bytes:
+    """Line plot of named (x, y) curves as SVG; with `styles`, a small one whose legend stands elsewhere."""
     # imported here: only reports draw, and matplotlib takes a second
     import matplotlib
 
@@ -247,15 +281,20 @@ def curves_svg(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *,
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
+    if styles is None:
+        figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
+    else:  # fixed margins, as a page has many of these: a layout that fits takes as long as the drawing
+        margins = {"left": 0.15, "right": 0.97, "bottom": 0.19, "top": 0.97}
+        figure, axes = pyplot.subplots(figsize=(4.6, 2.6), gridspec_kw=margins)
     for name, (x, y) in curves.items():
-        axes.plot(x, y, label=name, linewidth=1.5)
+        colour, kind = styles[name] if styles else (None, "solid")
+        axes.plot(x, y, label=name, linewidth=1.5, color=colour, linestyle=kind, marker="o" if len(x) < 2 else None)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
     if all(float(each).is_integer() for x, _ in curves.values() for each in x):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    if curves:
+        axes.xaxis.set_major_locator(MaxNLocator("auto" if styles is None else 5, integer=True, steps=[1, 2, 5, 10]))
+    if curves and styles is None:
         axes.legend(frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

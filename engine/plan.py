@@ -22,6 +22,8 @@ def plan_steps(
 ) -> Plan:
     """Plan a training of `epochs` passes over `num_samples`, or of `max_steps` where given.
 
+    Steps are whole batches: of `epochs x num_samples` positions the last ones, fewer than a batch, are not used.
+
     Args:
         batch_size: over all ranks.
         data: where the samples are, for messages.
@@ -32,8 +34,8 @@ def plan_steps(
     local = local_batch_size(batch_size, world_size=world_size)
     if batch_size > num_samples:
         raise InputError(
-            f"data.batch_size {batch_size} is more than the {num_samples} samples in {data}: "
-            f"lower it, so that no sample stands twice in a step"
+            f"data.batch_size {batch_size} is more than the {num_samples} samples in {data}: lower it, or give more "
+            "data: a step takes samples of two epochs at most"
         )
     per_epoch = num_samples / batch_size
     total = max_steps or math.floor(epochs * per_epoch)

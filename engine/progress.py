@@ -14,10 +14,17 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class ProgressBar:
-    """Counts items with an estimate of the time left: a bar on a terminal, a plain line every 10 s in a log file."""
+    """Counts items with an estimate of the time left: a bar on a terminal, a plain line every 10 s in a log file.
 
-    def __init__(self, total: int, label: str, *, stream: TextIO | None = None) -> None:
-        self.total, self.label, self.count = total, label, 0
+    Args:
+        total: items in all.
+        label: what is written before the count.
+        stream: None takes standard error.
+        done: items of `total` that an earlier run finished: counted, and left out of the estimate.
+    """
+
+    def __init__(self, total: int, label: str, *, stream: TextIO | None = None, done: int = 0) -> None:
+        self.total, self.label, self.done, self.count = total, label, done, done
         self._stream = stream or sys.stderr
         self._started = self._reported = time.monotonic()
         self._bar: Progress | None = None
@@ -25,7 +32,7 @@ class ProgressBar:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
             self._bar = Progress(*columns, *times, console=Console(file=self._stream))
-            self._task = self._bar.add_task(label, total=total, note="")
+            self._task = self._bar.add_task(label, total=total, completed=done, note="")
             self._bar.start()
 
     def __enter__(self) -> "ProgressBar":
@@ -56,8 +63,9 @@ class ProgressBar:
 
     def _write_line(self, note: str) -> None:
         elapsed = time.monotonic() - self._started
-        left = (self.total - self.count) * elapsed / max(self.count, 1)
-        timing = f"{elapsed:.1f} s" + (f", ETA {duration(left)}" if self.count < self.total else "")
+        timing = f"{elapsed:.1f} s"
+        if self.done < self.count < self.total:
+            timing += f", ETA {duration((self.total - self.count) * elapsed / (self.count - self.done))}"
         self._stream.write(f"{self.label}: {self.count}/{self.total} ({timing}) {note}".rstrip() + "\n")
         self._stream.flush()
 

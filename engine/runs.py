@@ -4,6 +4,7 @@ import json
 import math
 import re
 import statistics
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 
 from engine.environment import environment
 from engine.errors import InputError
-from engine.files import append_lines, atomic_write, read_lines, write_json
+from engine.files import HANG_S, append_lines, atomic_write, give_time, read_lines, write_json
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,127}")
 
@@ -36,6 +37,7 @@ class RunFolder:
         self.order = path / "order"
         self.latest: dict[str, Any] = {}
         self.unwritten: list[str] = []
+        self._writing: threading.Thread | None = None
 
     @property
     def name(self) -> str:
@@ -75,19 +77,27 @@ class RunFolder:
     def log(self, values: Mapping[str, float], *, step: int) -> None:
         """Append one line to `metrics.jsonl`; a value that is not finite is written as a string, to stay JSON.
 
-        Lines that cannot be written now (disk full, file system gone) wait in `unwritten` for the next call.
+        Lines that cannot be written now (disk full, file system gone or not answering) wait in `unwritten` for the
+        next call.
         """
         line = {"step": step, **{k: v if math.isfinite(v) else str(v) for k, v in values.items()}}
         self.latest.update(line)
         self.unwritten.append(json.dumps(line))
-        self.flush()
+        if self._writing is None or not self._writing.is_alive():  # what hangs is not waited for again
+            self.flush()
 
     def flush(self) -> None:
         """Try again to write the lines that could not be written."""
-        if self.unwritten:
-            with suppress(OSError):
-                append_lines(self.metrics_file, *self.unwritten)
-                self.unwritten.clear()
+        if self._writing is not None:
+            self._writing.join(HANG_S)
+        if self.unwritten and (self._writing is None or not self._writing.is_alive()):
+            self._writing = give_time(self._write_lines)
+
+    def _write_lines(self) -> None:
+        lines = list(self.unwritten)
+        with suppress(OSError):
+            append_lines(self.metrics_file, *lines)
+            del self.unwritten[: len(lines)]
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Lines of `metrics.jsonl`; a last line cut off by a kill is left out."""

@@ -1,17 +1,19 @@
 """Submit a file of runs as one Slurm array: `python engine/sweep.py --file configs/sweeps/arms_x_seeds.txt`."""
 
 import hashlib
+import json
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jsonargparse.typing import NonNegativeInt
 
 from engine.errors import InputError
 from engine.program import REPOSITORY, run_program
-from engine.resolve import resolve, run_folder
+from engine.resolve import check, resolve, run_folder
 from engine.runs import check_run_name
 
 
@@ -26,9 +28,11 @@ class Config:
     options: str = ""
     """Options for every line, quoted as one word (--options="--epochs 1"); a line's own options win."""
     sbatch: str = ""
-    """Options of sbatch, quoted as one word (--sbatch="--partition=gpu --gpus-per-node=8")."""
+    """Options of sbatch, quoted as one word with a = before it (--sbatch="--partition=gpu --gpus-per-node=8")."""
     script: Path = REPOSITORY / "slurm" / "sweep.sbatch"
     """The batch script of one task."""
+    parse_only: bool = False
+    """Check options alone, not data and model: for a sweep that waits for a job which has yet to write the data."""
     submit: bool = False
     """Call sbatch; otherwise only print its line."""
     task: NonNegativeInt | None = None
@@ -45,26 +49,34 @@ class Task:
         line: its number in the file, from 1.
         words: all its options.
         folder: its run folder.
+        config: what the words mean.
     """
 
     line: int
     words: tuple[str, ...]
     folder: Path
+    config: dict[str, Any]
 
 
-def read_sweep(file: Path, *, program: Path, options: str = "") -> list[Task]:
-    """Every task of a sweep file, in order, each checked by the program's own parser.
+def read_sweep(file: Path, *, program: Path, options: str = "", parse_only: bool = False) -> list[Task]:
+    """Every task of a sweep file, in order, each checked by the program's own parser and its `--check`.
+
+    Args:
+        parse_only: leave it at the parser.
 
     Raises:
-        InputError: naming the lines: bad quoting, options that the program refuses, or two lines with one run folder.
+        InputError: naming all wrong lines: bad quoting, options, data or models that the program refuses, or two lines
+            with one run folder.
     """
-    tasks, errors, owners = list[Task](), list[str](), dict[Path, int]()
+    tasks, errors, owners, checked = list[Task](), list[str](), dict[Path, int](), dict[str, str]()
     for number, text in _lines(file):
         try:
             task = _read_task(number, text, program=program, options=options)
             owner = owners.setdefault(task.folder.resolve(), number)
             if owner != number:
                 raise InputError(f"run folder {task.folder} is line {owner}'s as well: give each line a --run")
+            if not parse_only:
+                _check_task(task, program=program, checked=checked)
             tasks.append(task)
         except InputError as error:
             errors.append(f"line {number}: {error}")
@@ -89,7 +101,25 @@ def _read_task(number: int, text: str, *, program: Path, options: str) -> Task:
     config = resolve(program, words)
     folder = run_folder(config)
     check_run_name(str(config["run"]))
-    return Task(number, words, folder)
+    return Task(number, words, folder, config)
+
+
+def _check_task(task: Task, *, program: Path, checked: dict[str, str]) -> None:
+    """The program's own check, done once for all lines that differ in nothing but name and seed.
+
+    Args:
+        checked: what was wrong with the configs before, empty for nothing.
+    """
+    rest = {key: value for key, value in task.config.items() if key not in ("run", "runs", "seed")}
+    key = json.dumps(rest, sort_keys=True, default=str)
+    if key not in checked:
+        try:
+            check(program, task.words)
+            checked[key] = ""
+        except InputError as error:
+            checked[key] = str(error)
+    if checked[key]:
+        raise InputError(checked[key])
 
 
 def _split(text: str, *, where: str) -> list[str]:
@@ -120,7 +150,7 @@ def main(config: Config) -> None:
     if config.task is not None:
         sys.stdout.write("\n".join(task_words(config, config.task)) + "\n")
         return
-    tasks = read_sweep(config.file, program=config.program, options=config.options)
+    tasks = read_sweep(config.file, program=config.program, options=config.options, parse_only=config.parse_only)
     for number, task in enumerate(tasks):
         sys.stdout.write(f"task {number}: line {task.line}, {task.folder}\n")
     command = sbatch_line(config, tasks)
@@ -136,7 +166,7 @@ def main(config: Config) -> None:
 
 
 def task_words(config: Config, task: int) -> list[str]:
-    """The program and the options of one task. Without a digest nobody has checked the file, so all of it is checked.
+    """The program and the options of one task. Without a digest nobody has checked the file, so all of it is parsed.
 
     Raises:
         InputError: the file has changed since it was submitted, is wrong, or has no such task.
@@ -150,7 +180,7 @@ def task_words(config: Config, task: int) -> list[str]:
     if task >= len(lines):
         raise InputError(f"{config.file} has {len(lines)} tasks, counted from 0, and no task {task}")
     if config.digest is None:
-        words = read_sweep(config.file, program=config.program, options=config.options)[task].words
+        words = read_sweep(config.file, program=config.program, options=config.options, parse_only=True)[task].words
     else:
         words = _read_task(*lines[task], program=config.program, options=config.options).words
     if any("\n" in word for word in words):

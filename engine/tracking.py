@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ class Tracker:
     """Writes metrics and pictures of one run. Only rank 0 makes one.
 
     W&B runs online when the user is logged in or WANDB_MODE says so, else offline into `runs/<name>/wandb/`. Its id is
-    the run's name, so a resumed run goes on in the same history, whose steps are ours.
+    the run's name, so a resumed run goes on in the same history, whose steps are ours. What it cannot write (disk full,
+    file system gone) is left out there; `metrics.jsonl` has it as soon as there is room.
     """
 
     def __init__(self, run: RunFolder, *, backend: TrackerName, project: str, config: Mapping[str, Any]) -> None:
@@ -43,15 +45,17 @@ class Tracker:
         """Write named scalars of one step."""
         self.run.log(values, step=step)
         if self._wandb is not None:
-            self._wandb.log({"step": step, **values}, step=step)
+            with suppress(OSError):
+                self._wandb.log({"step": step, **values}, step=step)
 
     def images(self, name: str, pictures: list[np.ndarray], *, captions: list[str], step: int) -> None:
         """Send pictures, uint8 `(height, width, 3)`, to W&B; without it they live in the report alone."""
         if self._wandb is not None:
             import wandb
 
-            items = [wandb.Image(p, caption=c) for p, c in zip(pictures, captions, strict=True)]
-            self._wandb.log({"step": step, name: items}, step=step)
+            with suppress(OSError):
+                items = [wandb.Image(p, caption=c) for p, c in zip(pictures, captions, strict=True)]
+                self._wandb.log({"step": step, name: items}, step=step)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int) -> None:
         """Send a table of numbers, text and None to W&B; its step may lie before the last one logged."""
@@ -64,7 +68,8 @@ class Tracker:
     def finish(self, *, failed: bool = False) -> None:
         """Flush and close W&B."""
         if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed))
+            with suppress(OSError):  # it must not hide why the run ends
+                self._wandb.finish(exit_code=int(failed))
 
 
 def wandb_mode() -> Literal["online", "offline", "disabled"]:

@@ -42,7 +42,7 @@ Reporter = Callable[[str], None]
 # may have moved; what it holds is compared by its digest (`Training.identity`).
 FREE_KEYS = frozenset(
     {"loop", "runs", "online", "diagnostics_every", "optim.micro_batch"}
-    | {f"data.{name}" for name in ("shards", "labels", "gaze", "train", "val", "path")}
+    | {f"data.{name}" for name in ("shards", "labels", "gaze", "train", "val", "path", "remote")}
 )
 LAST_SAVE_S = 60.0
 
@@ -100,7 +100,8 @@ class Training:
         assert self.watch is not None
         self.watch.leave("" if kind is None else describe(error), expect_verdict=broken_exchange(error))
         stopped = kind is None or issubclass(kind, Requeue)
-        failure = self.saver.wait() if self.saver is not None else ""
+        # a Fault is what waiting has come to
+        failure = self.saver.wait(0.0 if isinstance(error, Fault) else None) if self.saver is not None else ""
         self.run.flush()
         if self.ranks.is_main:
             mistake = kind is not None and issubclass(kind, InputError)  # the user's, and no crash
@@ -149,8 +150,22 @@ class Training:
         """Full-precision weights and buffers on CPU, by name. Every rank must call it."""
         return model_state(self.accelerator, self.module)
 
-    def save(self, step: int) -> None:
-        """Copy the state after `step` steps, and begin to write it as a checkpoint. Every rank must call it."""
+    def save(self, step: int, *, last: bool = False) -> None:
+        """Copy the state after `step` steps, and begin to write it as a checkpoint. Every rank must call it.
+
+        While an earlier one is being written there is no copy of a second: this waits, and where that one hangs it
+        skips the checkpoint.
+
+        Raises:
+            Fault: it is the `last` one, which must not be skipped.
+        """
+        self.at("saving")
+        hindrance = self.ranks.broadcast(self.saver.hindrance(last=last) if self.saver is not None else "")
+        self.at("step")
+        if hindrance and last:
+            raise Fault(_unsaved(f"the checkpoint of step {step} could not be written: {hindrance}"))
+        if hindrance:
+            return
         main = self.ranks.is_main
         tensors = {
             "model": model_state(self.accelerator, self.module, wanted=main),
@@ -172,11 +187,11 @@ class Training:
         """Wait until the last checkpoint is written. Every rank must call it.
 
         Raises:
-            Fault: it could not be written.
+            Fault: it could not be written, not even in half an hour.
         """
         failure = self.ranks.broadcast(self.saver.wait() if self.saver is not None else "")
         if failure:
-            raise Fault(f"{failure}: make room or mend the file system, then run the same command again")
+            raise Fault(_unsaved(failure))
 
     def _lost(self, verdict: str) -> None:
         """End this process because another rank is lost; the collective it waits in would never return."""
@@ -188,6 +203,10 @@ class Training:
         leave_now(
             EXIT_FAILED, f"failed: {verdict}; all ranks stop, and the same command goes on from the last checkpoint"
         )
+
+
+def _unsaved(failure: str) -> str:
+    return f"{failure}: make room or mend the file system, then run the same command again"
 
 
 def compute_deterministically() -> None:

@@ -16,11 +16,13 @@ from engine.runs import RunFolder, check_run_name
 from engine.tracking import Tracker
 from pretrain.report_config import ReportConfig
 from pretrain.report_corruptions import by_severity, imagenet_c_by_corruption, imagenet_c_by_group, moved
-from pretrain.report_curves import add_retrieval_curves, add_severity_curves, add_training_curves
+from pretrain.report_curves import add_retrieval_curves, add_severity_curves, add_training_curves, drawn_tables
 from pretrain.report_gallery import add_gallery
 from pretrain.report_origin import add_origin, origin_tables, unlike
 from pretrain.report_runs import Group, metrics_of, open_groups
 from pretrain.report_tables import Cell, Numbers, TableOf, alignment, others, overview, plain_table
+
+MOST_BYTES = 4_800_000  # of the page: it still opens on a phone, and from a mail
 
 
 def compare(config: ReportConfig) -> None:
@@ -69,7 +71,9 @@ def make_tables(groups: Sequence[Group], numbers: Numbers) -> list[TableOf]:
         key: key.removeprefix("finetune/").removesuffix("/top1").replace("scratch/", "scratch, ") for key in shares
     }
     speed = {"train/loss": "last loss", "train/nt_xent": "NT-Xent", "train/attention": "attention loss"}
-    speed |= {"time/images_per_s": "images/s", "time/data_wait": "share of time waiting for data"}
+    speed |= {"time/images_per_s": "images/s", "time/images_per_s_device": "images/s and device"}
+    speed |= {"time/data_wait": "share of time waiting for data", "memory/peak_gib": "peak memory, GiB"}
+    places = {"time/images_per_s": 0, "time/images_per_s_device": 0}
     found = [
         overview(groups, numbers),
         alignment(groups, numbers),
@@ -88,7 +92,7 @@ def make_tables(groups: Sequence[Group], numbers: Numbers) -> list[TableOf]:
         ),
         *others(groups),
         plain_table(
-            groups, speed, name="training", title="Training", digits={"time/images_per_s": 0},
+            groups, speed, name="training", title="Training", digits=places,
             caption="At the end of training; times are medians over the run.",
         ),
     ]  # fmt: skip
@@ -103,6 +107,7 @@ def _page(
     numbers: Numbers,
 ) -> Page:
     page = Page(f"Saccade: {config.name}")
+    gallery_place = None
     drawings = {"by_severity": add_severity_curves, "retrieval": add_retrieval_curves}
     for table in tables:
         page.heading(table.title)
@@ -113,10 +118,13 @@ def _page(
             drawings[table.name](page, groups)
         if table.name == tables[0].name and config.gaze is not None and config.num_pictures:
             page.heading("Where they look")
-            add_gallery(page, config, groups, teacher)
-    page.heading("Curves")
+            gallery_place = len(page.parts)
     add_training_curves(page, groups, teacher)
     add_origin(page, _runs(groups))
+    if gallery_place is not None:  # last, with what room the rest has left
+        gallery = Page("")
+        add_gallery(gallery, config, groups, teacher, most_bytes=MOST_BYTES - len(page.text().encode()))
+        page.parts[gallery_place:gallery_place] = gallery.parts
     return page
 
 
@@ -153,10 +161,10 @@ def _write_markdown(
         lines += ["", f"## {table.title}", "", table.caption, ""]
         lines += _markdown_table(table.columns, _texts(table, numbers))
         lines += ["", table.after] if table.after else []
-    for number, (title, columns, rows) in enumerate(origin_tables(runs)):
-        lines += ["", f"## {title}", ""]
+    for number, table in enumerate(origin_tables(runs)):
+        lines += ["", f"## {table.title}", ""]
         lines += [f"{sentence}\n" for sentence in (unlike(runs) if number == 0 else ())]
-        lines += _markdown_table(columns, rows) if rows else ["Nothing."]
+        lines += _markdown_table(table.columns, _texts(table, numbers)) if table.rows else ["Nothing."]
     atomic_write(path, ("\n".join(lines) + "\n").encode())
 
 
@@ -172,19 +180,22 @@ def _runs(groups: Sequence[Group]) -> list[RunFolder]:
 def _track(
     config: ReportConfig, folder: RunFolder, tables: Sequence[TableOf], numbers: Numbers, groups: Sequence[Group]
 ) -> None:
-    """Send the tables to W&B: a column of numbers, and one of deviations where there are any."""
+    """Send what the page shows to W&B: a column of numbers, and one of deviations where there are any."""
     if config.tracker == "none":
         return
     step = max((int(run.read_summary().get("step", 0)) for group in groups for run in group.runs), default=0)
     tracker = Tracker(folder, backend=config.tracker, project=config.project, config={"students": config.students})
-    for table in tables:
+    for table in (*tables, *(table for table in origin_tables(_runs(groups)) if table.rows)):
         tracker.table(f"report/{table.name}", *_columns_and_rows(table, numbers), step=step)
+    for name, (columns, rows) in drawn_tables(groups).items():
+        tracker.table(f"report/{name}", columns, rows, step=step)
     tracker.finish()
 
 
 def _columns_and_rows(table: TableOf, numbers: Numbers) -> tuple[list[str], list[list[Any]]]:
     found: dict[str, list[Any]] = {}
-    for column, cells in zip(["row", *map(str, table.columns[1:])], zip(*table.rows, strict=True), strict=True):
+    columns = [table.columns[0] or "row", *map(str, table.columns[1:])]
+    for column, cells in zip(columns, zip(*table.rows, strict=True), strict=True):
         keys = [cell.key if isinstance(cell, Cell) else "" for cell in cells]
         deviations = [numbers.metrics.get(f"{key}/deviation") for key in keys]
         if any(isinstance(cell, str) for cell in cells):  # W&B wants one kind of value in a column

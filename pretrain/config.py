@@ -16,6 +16,7 @@ from jsonargparse.typing import (
 from engine.program import REPOSITORY
 from engine.settings import LoopConfig, OptimConfig, Precision
 from pretrain.probe_config import OnlineConfig
+from shards.fetch import RemoteOptions
 
 DEFAULT_CONFIG = REPOSITORY / "configs" / "pretrain" / "demo.yaml"
 
@@ -45,7 +46,9 @@ class DataConfig:
     window: PositiveInt = 16
     """Shards whose samples are shuffled together."""
     max_bad_fraction: ClosedUnitInterval = 1e-3
-    """Stop when more than this share of the samples read is unreadable (and more than one is)."""
+    """Stop when more than this share of the samples read is unreadable and more than one is; 0 stops at the first."""
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
+    """How shards, labels and gaze on s3://, gs:// and https:// are read; may change when a run goes on."""
 
 
 @dataclass

@@ -6,16 +6,22 @@ NT-Xent alone learns, and a batch of gaze images, from which the attention heads
 shared. Each pass normalises with the statistics of its own batch, and the gaze pass leaves batch norm's running
 statistics alone: so NT-Xent computes exactly what it computes in arm contrastive, and the encoder is evaluated with the
 statistics of the images that it is pretrained on.
+
+`optim.micro_batch` cuts both batches. The attention loss is a mean over images, so the gaze batch goes through in one
+pass a part, and an encoder without batch statistics gets the gradient of the whole; batch norm normalises each part
+with the statistics of that part.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attention.maps import encode_map_np, is_constant
 from engine.errors import InputError
+from engine.faults import SampleNote
 from engine.passes import Backward
 from engine.ranks import Ranks
 from pretrain.batch_statistics import kept_statistics
@@ -25,6 +31,7 @@ from pretrain.diagnostics import gradient_norms
 from pretrain.micro_batch import split_batch
 from pretrain.model import StudentOutput
 from pretrain.objective import GRADIENT_IMAGES, MAIN_GRADIENT, Objective, attention_objective
+from shards.faults import RemoteFault
 from shards.gaze import check_gaze, gaze_sigma, parse_target
 from shards.reader import BadSample, ShardSet, Stored
 
@@ -46,7 +53,7 @@ class GazeShards(ShardSet):
         try:
             info = self.read_info(shard, row)
             target = parse_target(info, key=key, sigma=gaze_sigma(self), shard=shard, row=row)
-        except BadSample:
+        except (BadSample, RemoteFault):
             raise
         except ValueError as error:
             raise BadSample(key, self.manifest.files[shard], str(error)) from error
@@ -70,6 +77,11 @@ class CoTrainBatch:
         """Places of the images in their order, where they are known; the gaze images' follow from the step."""
         return getattr(self.images, "positions", None)
 
+    def note(self) -> Callable[[], SampleNote]:
+        """Says, when called, which images and gaze images the batch holds; keeps none of its tensors."""
+        images, gaze = self.images.note(), self.gaze.note()
+        return lambda: images() | {f"gaze_{name}": values for name, values in gaze().items()}
+
 
 @dataclass
 class CoTraining:
@@ -85,28 +97,38 @@ class CoTraining:
                 scalars = self.objective(batch.images, step=step, backward=backward)
             else:
                 main_gradient = scalars.pop(MAIN_GRADIENT, None)
-                attention, terms = self._gaze_pass(batch.gaze, backward=backward, main_gradient=main_gradient)
-                weighted = self.objective.config.attention.weight * attention
-                scalars |= {"loss": scalars["loss"] + weighted, "attention": attention, **terms}
+                terms = self._gaze_passes(batch.gaze, backward=backward, main_gradient=main_gradient)
+                weighted = self.objective.config.attention.weight * terms["attention"]
+                scalars |= {"loss": scalars["loss"] + weighted, **terms}
         return scalars
 
-    def _gaze_pass(
-        self, batch: Batch, *, backward: Backward, main_gradient: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The attention loss and its terms; with the norm of the other loss's gradient, `gradient_ratio` among them."""
+    def _gaze_passes(self, batch: Batch, *, backward: Backward, main_gradient: Tensor | None) -> dict[str, Tensor]:
+        """Means over the gaze batch, `attention` among them, one pass for every `optim.micro_batch` images.
+
+        With the norm of the other loss's gradient, `gradient_ratio` is among them too.
+        """
+        parts = split_batch(batch, self.objective.config.optim.micro_batch)
+        means: dict[str, Tensor] = {}
+        for index in backward.passes(len(parts)):
+            part = looked_at(parts[index].to(self.objective.device))
+            images, share = self.objective.prepare(part), len(part.valid) / len(batch.valid)
+            if index == 0 and main_gradient is not None:
+                means["gradient_ratio"] = self._gradient(part, images) / main_gradient
+            for name, value in self._gaze_pass(part, images, share=share, backward=backward).items():
+                means[name] = means.get(name, torch.zeros_like(value)) + share * value
+        return means
+
+    def _gaze_pass(self, part: Batch, images: Tensor, *, share: float, backward: Backward) -> dict[str, Tensor]:
+        """Gradients of a part, `share` of the gaze batch; the part's attention loss and its terms."""
         objective = self.objective
-        batch = batch.to(objective.device)
-        assert batch.maps is not None
-        batch = replace(batch, valid=batch.valid & ~is_constant(batch.maps))
-        images = objective.prepare(batch)
-        ratio = {} if main_gradient is None else {"gradient_ratio": self._gradient(batch, images) / main_gradient}
         with kept_statistics(objective.module):
             output: StudentOutput = objective.module(images)
-        attention, terms = attention_objective(output.attention, batch, objective.config.attention)
+        attention, terms = attention_objective(output.attention, part, objective.config.attention)
         assert output.embeddings is not None
         # DDP waits for the gradient of every weight in the pass that exchanges them: the projector's is zero
-        backward(objective.config.attention.weight * attention + 0.0 * output.embeddings.float().sum())
-        return attention.detach(), terms | ratio
+        unused = 0.0 * output.embeddings.float().sum()
+        backward(share * objective.config.attention.weight * attention + unused)
+        return {"attention": attention.detach(), **terms}
 
     def _gradient(self, batch: Batch, images: Tensor) -> Tensor:
         """Norm of the gradient of lambda L_attn of the first gaze images with respect to the trunk's parameters."""
@@ -117,6 +139,12 @@ class CoTraining:
             lambda output: {"attention": config.weight * attention_objective(output.attention, few, config)[0]},
         )
         return norms["attention"]
+
+
+def looked_at(batch: Batch) -> Batch:
+    """Gaze images of which those that nobody looked at count as unreadable: their maps are constant."""
+    assert batch.maps is not None
+    return replace(batch, valid=batch.valid & ~is_constant(batch.maps))
 
 
 def open_gaze(config: Config, *, world_size: int) -> GazeShards:
@@ -132,7 +160,7 @@ def open_gaze(config: Config, *, world_size: int) -> GazeShards:
         raise InputError(
             f"data.gaze_batch_size {size} cannot be divided by {world_size} ranks: set it to a multiple of {world_size}"
         )
-    shards = GazeShards(config.data.gaze)
+    shards = GazeShards(config.data.gaze, remote=config.data.remote)
     check_gaze(shards)
     if size > shards.num_samples:
         raise InputError(
@@ -141,27 +169,36 @@ def open_gaze(config: Config, *, world_size: int) -> GazeShards:
     return shards
 
 
-def with_gaze(
-    images: Iterator[Batch], shards: GazeShards, config: Config, *, ranks: Ranks, start_step: int, stop_step: int
-) -> Iterator[CoTrainBatch]:
-    """Put a batch of gaze images beside each batch of `images`, in an order of its own that is as exact and elastic."""
-    dataset = ViewDataset(
+def gaze_dataset(shards: GazeShards, config: Config) -> ViewDataset:
+    """The data set of the gaze images' views."""
+    return ViewDataset(
         shards,
         views=config.views,
         num_views=1,
         image_size=config.data.image_size,
-        seed=config.seed ^ GAZE_SEED,
+        seed=gaze_seed(config),
         map_size=MAP_SIZE,
     )
+
+
+def gaze_seed(config: Config) -> int:
+    """Seed of the gaze images' order and views."""
+    return config.seed ^ GAZE_SEED
+
+
+def with_gaze(
+    images: Iterator[Batch], shards: GazeShards, config: Config, *, ranks: Ranks, start_step: int, stop_step: int
+) -> Iterator[CoTrainBatch]:
+    """Put a batch of gaze images beside each batch of `images`, in an order of its own that is as exact and elastic."""
     gaze = view_batches(
-        dataset,
+        gaze_dataset(shards, config),
         data=replace(config.data, batch_size=config.data.gaze_batch_size),
         loop=replace(config.loop, num_workers=min(config.loop.num_workers, 1)),
         rank=ranks.rank,
         world_size=ranks.world_size,
         start_step=start_step,
         stop_step=stop_step,
-        seed=config.seed ^ GAZE_SEED,
+        seed=gaze_seed(config),
     )
     for one, other in zip(images, gaze, strict=True):
         yield CoTrainBatch(one, other)

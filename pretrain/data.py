@@ -18,6 +18,7 @@ from pretrain.config import DataConfig, ViewsConfig
 from pretrain.reuse import ArrayPool
 from pretrain.views import ViewCutter, Views, draw_views
 from shards.decode import ImageHeader, image_header
+from shards.faults import RemoteFault
 from shards.location import is_remote
 from shards.map_png import Codes, MapRows, stack_codes
 from shards.order import SampleOrder, StepBatches
@@ -39,7 +40,9 @@ class Batch(TensorBatch):
             float densities; None without labels. `densities` gives the latter.
         labels: class numbers `(batch,)`, -1 for none.
         valid: bool `(batch,)`; false where the sample could not be read, its place filled with zeros.
-        bad: key and reason of each sample that could not be read.
+        bad: file, key and reason of each sample that could not be read.
+        sizes: int64 `(batch, 2)`, height and width in pixels of the upright images that `boxes` are fractions of, 0
+            where the sample could not be read; None in a batch that was not made of files.
     """
 
     images: Tensor
@@ -50,6 +53,7 @@ class Batch(TensorBatch):
     labels: Tensor
     valid: Tensor
     bad: list[str]
+    sizes: Tensor | None = None
 
     def densities(self) -> Tensor:
         """Attention densities of the whole images, float `(batch, rows, columns)`, on the device of the maps."""
@@ -115,7 +119,7 @@ class ViewDataset(Dataset[Batch]):
         valid = np.ones(len(files), dtype=bool)
         if bad:
             failed = sorted(bad)
-            valid[failed], labels[failed], views.flips[:, failed] = False, -1, False
+            valid[failed], labels[failed], sizes[failed], views.flips[:, failed] = False, -1, 0, False
             images[:, failed], boxes[:, failed], views.colours[:, failed] = 0, (0, 0, 1, 1), 0
         maps = self._codes(files) if self.map_size else None
         return Batch(
@@ -127,7 +131,17 @@ class ViewDataset(Dataset[Batch]):
             labels=torch.from_numpy(labels),
             valid=torch.from_numpy(valid),
             bad=[bad[number] for number in sorted(bad)],
+            sizes=torch.from_numpy(sizes),
         )
+
+    def key_of(self, position: Position) -> str:
+        """Key of the sample at a position.
+
+        Raises:
+            BadSample: the shard's index is unreadable.
+        """
+        _, shard, row = position
+        return self.shards.key(shard, row)
 
     def _read(self, number: int, position: Position, bad: dict[int, str]) -> _File:
         """One sample; where it cannot be read, its reason goes into `bad` and an empty one takes its place."""
@@ -138,10 +152,10 @@ class ViewDataset(Dataset[Batch]):
             if self.map_size and codes.shape != (self.map_size, self.map_size):
                 raise ValueError(f"its label map is {codes.shape}, those of the set are {self.map_size} on a side")
             return _File(stored.image, image_header(stored.image), stored.label, codes)
-        except BadSample as error:
-            bad[number] = str(error)
+        except RemoteFault:  # of the connection, not of the sample: it ends the run, and nothing is left out
+            raise
         except ValueError as error:
-            bad[number] = self._message(position, error)
+            bad[number] = self._reason(position, error)
         return _File(b"", ImageHeader(1, 1, False), -1, np.zeros((self.map_size, self.map_size), dtype=np.uint8))
 
     def _draw(self, positions: list[Position], sizes: np.ndarray) -> Views:
@@ -164,7 +178,7 @@ class ViewDataset(Dataset[Batch]):
                 try:
                     self._cutter.cut(file.data, file.header, crops[number], flips[number], out=images[:, number])
                 except ValueError as error:
-                    bad[number] = self._message(positions[number], error)
+                    bad[number] = self._reason(positions[number], error)
         return images
 
     def _codes(self, files: list[_File]) -> np.ndarray:
@@ -172,9 +186,12 @@ class ViewDataset(Dataset[Batch]):
         stack_codes([file.codes for file in files], maps)
         return maps
 
-    def _message(self, position: Position, error: ValueError) -> str:
-        _, shard, row = position
-        return str(BadSample(self.shards.key(shard, row), f"shard {shard}", str(error)))
+    def _reason(self, position: Position, error: ValueError) -> str:
+        """Where the unreadable sample lies, its key, and what is wrong with it."""
+        if not isinstance(error, BadSample):
+            _, shard, row = position
+            error = BadSample(self.shards.key(shard, row), self.shards.manifest.files[shard], str(error))
+        return f"{self.shards.root}/{error}"
 
 
 def view_batches(

@@ -32,7 +32,7 @@ def write_encoder(directory: Path, backbone: nn.Module, *, config: Config, stude
     settings = {
         "architecture": config.model.backbone,
         "num_classes": 0,
-        "num_features": backbone.num_features,
+        "num_features": feature_width(backbone),
         "pretrained_cfg": {
             "input_size": [3, size, size],
             "interpolation": data["interpolation"],
@@ -81,6 +81,14 @@ def load_heads(directory: Path) -> dict[str, Tensor]:
 def encoder_hash(directory: Path) -> str:
     """SHA-256 of the encoder's weights: what a probe's numbers were measured on."""
     return sha256_of(directory / WEIGHTS)
+
+
+def feature_width(backbone: Any) -> int:
+    """Width of a timm model's pooled features, `forward_head(..., pre_logits=True)`.
+
+    `num_features` is the width before the head; MobileNetV3, VGG and others have a layer of another width in it.
+    """
+    return int(backbone.head_hidden_size)
 
 
 def backbone_arguments(config: Config) -> dict[str, Any]:

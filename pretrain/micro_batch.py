@@ -6,8 +6,8 @@ all of them gives the gradient of each; the second pass computes each part again
 `<embedding, gradient>`, whose gradient is the loss's. The second pass draws the same random numbers as the first.
 
 An encoder without batch statistics gets exactly the gradient of one pass. Batch norm normalises each part with the
-statistics of that part, in both passes alike, as it normalises each rank's batch with the rank's own; its running
-statistics take in each part once, in the second pass.
+statistics of that part (synchronised: of the parts that all ranks hold at the time), in both passes alike, as it
+normalises each rank's batch with the rank's own; its running statistics take in each part once, in the second pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +42,7 @@ def split_batch(batch: Batch, size: int) -> list[Batch]:
             maps=batch.maps[cut] if batch.maps is not None else None,
             labels=batch.labels[cut],
             valid=batch.valid[cut],
+            sizes=batch.sizes[cut] if batch.sizes is not None else None,
         )
         for cut in cuts
     ]

@@ -13,7 +13,7 @@ from engine.average import Average
 from engine.errors import InputError
 from pretrain.batch_statistics import spare_statistics
 from pretrain.config import Config
-from pretrain.encoder import backbone_arguments, use_cifar_stem
+from pretrain.encoder import backbone_arguments, feature_width, use_cifar_stem
 
 
 @dataclass
@@ -21,7 +21,7 @@ class StudentOutput:
     """What one forward gives for a batch of views.
 
     Attributes:
-        features: pooled backbone features `(batch, num_features)`.
+        features: pooled backbone features `(batch, feature_width)`.
         embeddings: projections `(batch, projector_out)`, or None in supervised arms.
         class_logits: `(batch, num_classes)`, or None in contrastive arms.
         attention: per stage with a head, logits over positions `(batch, height, width)`; empty without attention.
@@ -61,7 +61,7 @@ class Student(nn.Module):
     def __init__(self, config: Config, *, num_classes: int) -> None:
         super().__init__()
         self.backbone = build_backbone(config)
-        width = self.backbone.num_features
+        width = feature_width(self.backbone)
         self.projector = self.classifier = None
         if config.contrastive:
             model = config.model

@@ -8,7 +8,6 @@ from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
-    OpenUnitInterval,
     PositiveFloat,
     PositiveInt,
 )
@@ -75,9 +74,10 @@ class KnnConfig:
 
 @dataclass
 class CorruptionConfig:
-    """Corrupted validation images: made on the fly, or a released set. Used by imagenet_c, robust_gaze and retrieval.
+    """Corrupted validation images of imagenet_c, made on the fly or a released set, and of robust_gaze, on the fly.
 
-    On the fly the corruptions are applied to the centre crop at the encoder's input size (at least 32 pixels).
+    On the fly the corruptions are applied to the centre crop at the encoder's input size (at least 32 pixels). The
+    queries of retrieval are corrupted on the fly too, as `retrieval` says; of these options it reads cache_images.
     """
 
     folder: Path | None = None
@@ -132,8 +132,9 @@ class RetrievalConfig:
 class FinetuneConfig:
     """Semi-supervised fine-tuning of the whole encoder: SGD with Nesterov momentum 0.9, cosine, crop and flip."""
 
-    fractions: list[OpenUnitInterval] = field(default_factory=lambda: [0.01, 0.1])  # type: ignore[arg-type]
-    """Shares of the training set, drawn per class from the seed, at least one image a class."""
+    fractions: list[ClosedUnitInterval] = field(default_factory=lambda: [0.01, 0.1])  # type: ignore[arg-type]
+    """Shares of the training set above 0 (1: all of it, full fine-tuning), drawn per class from the seed, at least one
+    image a class."""
     lists: list[Path] = field(default_factory=list)
     """Text files with one training image a line (published 1 % and 10 % lists): each is an arm of its own, and none is
     drawn."""

@@ -1,7 +1,8 @@
 """Look at one step of a run again: `python pretrain/replay.py --run runs/NAME --step N`.
 
-Reads the samples of the step, as `bad_batches.jsonl` names them, and passes them through the newest checkpoint that is
-not after it: which samples give what is not finite, the terms of the loss, the norm of the gradient. Trains nothing.
+Reads the samples of the step, gaze images included, as its line in `bad_batches.jsonl` names them (without a line: as
+their order says), and passes them through the newest checkpoint before it: which samples give what is not finite, the
+terms of the loss, the norm of the gradient. Trains nothing.
 """
 
 from engine.program import run_program

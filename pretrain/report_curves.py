@@ -2,56 +2,93 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from engine.page import Page, curves_svg
+from engine.dashboard import CURVES, EVERYTHING
+from engine.page import LineStyle, Page, curves_svg, line_styles
 from engine.runs import RunFolder
 from pretrain.evaluators.corruptions import COMMON, SEVERITIES
 from pretrain.report_runs import Group
 
 Curve = tuple[list[float], list[float]]
-TRAINING = {
-    "train/nt_xent": "NT-Xent",
-    "train/attention": "attention loss",
-    "train/cross_entropy": "cross entropy",
-    "train/loss": "loss",
-    "time/data_wait": "share of time spent waiting for data",
-    "time/images_per_s": "images per second",
-}
-MOST_POINTS = 400
+MOST_POINTS = 400  # of a curve
+MOST_POINTS_DRAWN = 1600  # of all curves of a drawing, which has to fit into the page with some thirty others
+MOST_PARTS = 3  # of a metric's name: online/<evaluator>/<metric>, not a drawing for each corruption and severity
+PARTIAL = " (partial)"
 
 
 def add_training_curves(page: Page, groups: Sequence[Group], teacher: RunFolder | None) -> None:
-    """Losses, data-wait and speed by step: one run of each group."""
-    for key, title in TRAINING.items():
-        _add(page, {g.label: curve(g.runs[0], key) for g in groups}, title, what="Students, one run of each row")
-    if teacher is not None:
-        _add(page, {"teacher": curve(teacher, "train/loss")}, "teacher's loss", what="Teacher")
+    """What one run of each group logged, in the sections that the W&B workspace has."""
+    students = {group.label: logged_curves(group.runs[0]) for group in groups}
+    for section, panels in CURVES.items():
+        if section != "Teacher":
+            _add_section(page, section, panels, students, several=any(len(group.runs) > 1 for group in groups))
+        elif teacher is not None:
+            panels = {"loss": ["train/loss"], **panels}
+            _add_section(page, section, panels, {"teacher": logged_curves(teacher)}, several=False)
+
+
+def _add_section(
+    page: Page,
+    section: str,
+    panels: Mapping[str, Sequence[str] | str],
+    runs: Mapping[str, Mapping[str, Curve]],
+    *,
+    several: bool,
+) -> None:
+    """The panels' metrics, as far as a run logged them; what no panel names for itself is folded."""
+    named = _titles({title: metrics for title, metrics in panels.items() if title != EVERYTHING}, runs)
+    rest = {key: title for key, title in _titles(panels, runs).items() if key not in named}
+    if named or rest:
+        page.heading(f"During training: {section.lower()}")
+        if several:
+            page.paragraph("The first run of each row.")
+    for titles, folded in ((named, ""), (rest, "More of the evaluators")):
+        curves = {t: {run: logged[key] for run, logged in runs.items() if key in logged} for key, t in titles.items()}
+        _add(page, curves, styles=line_styles(list(runs)), x_label="step", folded=folded)
 
 
 def add_severity_curves(page: Page, groups: Sequence[Group]) -> None:
     """Accuracy and movement of the attention by severity; a curve over fewer than 15 corruptions says so."""
-    for name, ending, title in (
-        ("imagenet_c", "", "top-1, %"),
-        ("robust_gaze", "/kld", "KLD to the clean image's map"),
-    ):
-        curves = {}
-        for group in groups:
-            points = [
-                (s, group.values[key].mean)
-                for s in SEVERITIES
-                if (key := f"{name}/severity/{s}{ending}") in group.values
-            ]
-            whole = all(f"{name}/{c}/{s}{ending}" in group.values for c in COMMON for s, _ in points)
-            label = group.label if whole else f"{group.label} (partial)"
-            curves[label] = ([float(s) for s, _ in points], [value for _, value in points])
-        _add(page, curves, title, what="Mean over the corruptions", x_label="severity")
+    found = {
+        "top-1, %, mean over the corruptions": severity_curves(groups, "imagenet_c", ""),
+        "KLD to the clean image's map, nats, mean over the corruptions": severity_curves(groups, "robust_gaze", "/kld"),
+    }
+    _add(page, found, styles=line_styles([group.label for group in groups]), x_label="severity")
 
 
 def add_retrieval_curves(page: Page, groups: Sequence[Group]) -> None:
     """Precision at each recall level, mean over a group's runs."""
-    curves = {group.label: precision_recall(group) for group in groups}
-    _add(page, curves, "precision", what="Retrieval, mean over queries", x_label="recall")
+    found = {"precision, mean over queries": {group.label: precision_recall(group) for group in groups}}
+    _add(page, found, styles=line_styles([group.label for group in groups]), x_label="recall")
+
+
+def drawn_tables(groups: Sequence[Group]) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    """Columns and rows, by name, of what the page draws and no table and no run's own history holds."""
+    retrieval = {group.label: precision_recall(group) for group in groups}
+    moved = severity_curves(groups, "robust_gaze", "/kld")
+    found = {
+        "precision_recall": (["row", "recall", "precision"], retrieval),
+        "robust_gaze_severity": (["row", "severity", "KLD, nats"], moved),
+    }
+    tables = {
+        name: (columns, [[label, x, y] for label, curve in curves.items() for x, y in zip(*curve, strict=True)])
+        for name, (columns, curves) in found.items()
+    }
+    return {name: table for name, table in tables.items() if table[1]}
+
+
+def severity_curves(groups: Sequence[Group], evaluator: str, ending: str) -> dict[str, Curve]:
+    """Mean over the 15 corruptions by severity, by group; the label says where some are missing."""
+    curves = {}
+    for group in groups:
+        keys = {s: f"{evaluator}/severity/{s}{ending}" for s in SEVERITIES}
+        points = {s: group.values[key].mean for s, key in keys.items() if key in group.values}
+        whole = all(f"{evaluator}/{c}/{s}{ending}" in group.values for c in COMMON for s in points)
+        curves[group.label if whole else group.label + PARTIAL] = [float(s) for s in points], [*points.values()]
+    return curves
 
 
 def precision_recall(group: Group) -> Curve:
@@ -67,17 +104,59 @@ def precision_recall(group: Group) -> Curve:
     return (found[0][0], [sum(each) / len(alike) for each in zip(*alike, strict=True)]) if found else ([], [])
 
 
-def curve(run: RunFolder, key: str) -> Curve:
-    """Steps and finite values of a logged metric, thinned evenly to what a drawing can show."""
-    points = [(line["step"], float(line[key])) for line in run.metrics() if key in line]
-    points = [point for point in points if math.isfinite(point[1])]
-    stride = -(-len(points) // MOST_POINTS) if points else 1
-    kept = points[::stride] + ([points[-1]] if points and (len(points) - 1) % stride else [])
-    return [float(step) for step, _ in kept], [value for _, value in kept]
+def logged_curves(run: RunFolder) -> dict[str, Curve]:
+    """Steps and finite values of every metric that the run logged."""
+    points: dict[str, Curve] = {}
+    for line in run.metrics():
+        for key, value in line.items():
+            if key != "step" and isinstance(value, int | float) and math.isfinite(value):
+                steps, values = points.setdefault(key, ([], []))
+                steps.append(float(line["step"]))
+                values.append(float(value))
+    return points
 
 
-def _add(page: Page, curves: Mapping[str, Curve], title: str, *, what: str, x_label: str = "step") -> None:
-    drawn = {label: found for label, found in curves.items() if found[0]}
-    if drawn:
-        svg = curves_svg(drawn, x_label=x_label, y_label=title)
-        page.plot(svg, alt=f"{title} by {x_label} of {', '.join(drawn)}", caption=f"{what}: {title}")
+def thinned(curve: Curve, *, most: int) -> Curve:
+    """Every so many points of a curve, and its last one; at most `most` and one."""
+    x, y = curve
+    stride = -(-len(x) // most) if x else 1
+    rest = len(x) - 1 if x and (len(x) - 1) % stride else len(x)
+    return x[::stride] + x[rest:], y[::stride] + y[rest:]
+
+
+def _titles(panels: Mapping[str, Sequence[str] | str], runs: Mapping[str, Mapping[str, Curve]]) -> dict[str, str]:
+    """Metric to title of what the panels show and a run logged; of a pattern, each metric stands for itself."""
+    logged = list(dict.fromkeys(key for curves in runs.values() for key in curves))
+    found: dict[str, str] = {}
+    for title, metrics in panels.items():
+        if isinstance(metrics, str):
+            keys = [key for key in logged if re.fullmatch(metrics, key) and key.count("/") < MOST_PARTS]
+            found |= {key: key.removeprefix("online/").replace("/", ", ") for key in keys if key not in found}
+        else:
+            found |= {key: title for key in metrics if key in logged}
+    return found
+
+
+def _add(
+    page: Page,
+    drawings: Mapping[str, Mapping[str, Curve]],
+    *,
+    styles: Mapping[str, LineStyle],
+    x_label: str,
+    folded: str = "",
+) -> None:
+    """Add a drawing for each title that has a curve; a label's line is that of its group."""
+    shown, legend = [], dict[str, LineStyle]()
+    for title, curves in drawings.items():
+        drawn = {label: curve for label, curve in curves.items() if curve[0]}
+        own = {label: styles[label.removesuffix(PARTIAL)] for label in drawn}
+        thin = {
+            label: thinned(curve, most=min(MOST_POINTS, max(20, MOST_POINTS_DRAWN // len(drawn))))
+            for label, curve in drawn.items()
+        }
+        if drawn:
+            svg = curves_svg(thin, x_label=x_label, y_label="", styles=own)
+            shown.append((svg, f"{title} by {x_label} of {', '.join(drawn)}", title))
+            legend |= own
+    if shown:
+        page.plots(shown, legend=legend, folded=folded)

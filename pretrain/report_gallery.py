@@ -17,12 +17,13 @@ from shards.gaze import GazeTarget, load_targets
 from shards.reader import ShardSet
 
 THUMBNAIL = 160
-MOST_BYTES = 3_500_000
 Maps = Mapping[str, Mapping[str, np.ndarray]]
 
 
-def add_gallery(page: Page, config: ReportConfig, groups: Sequence[Group], teacher: RunFolder | None) -> None:
-    """Add up to `config.num_pictures` rows, as many as fit into a page that still opens on a phone."""
+def add_gallery(
+    page: Page, config: ReportConfig, groups: Sequence[Group], teacher: RunFolder | None, *, most_bytes: int
+) -> None:
+    """Add up to `config.num_pictures` rows, as many as fit into `most_bytes` of the page, the cases in proportion."""
     assert config.gaze is not None
     gaze = ShardSet(config.gaze)
     maps = _all_maps(groups, teacher)
@@ -33,8 +34,10 @@ def add_gallery(page: Page, config: ReportConfig, groups: Sequence[Group], teach
         return
     scores = {g.label: nss_by_image(g.runs[0], every) for g in groups}
     judge = _judge(groups, scores)
-    cases = choose_cases([t.key for t in targets], scores.get(judge, {}), count=config.num_pictures)
     by_key = {target.key: target for target in targets}
+    one_row = len(blending_row(_row(gaze, targets[0], maps, scores)))
+    wanted = min(config.num_pictures, len(targets))
+    cases = choose_cases(list(by_key), scores.get(judge, {}), count=min(wanted, max(0, most_bytes) // one_row))
     columns = ["image", "people", *maps]
     size, num_shown = 0, 0
     for title, keys in cases.items():
@@ -42,13 +45,13 @@ def add_gallery(page: Page, config: ReportConfig, groups: Sequence[Group], teach
         for key in keys:
             row = _row(gaze, by_key[key], maps, scores)
             size += len(blending_row(row))
-            if size <= MOST_BYTES:
+            if size <= most_bytes:
                 rows.append(row)
         num_shown += len(rows)
         if rows:
             page.blending_gallery(columns, rows, caption=title.format(judge=judge))
-    if num_shown < sum(len(keys) for keys in cases.values()):
-        page.paragraph(f"{num_shown} of {config.num_pictures} pictures: more would make the page too large.")
+    if num_shown < wanted:
+        page.paragraph(f"{num_shown} of {wanted} pictures: more would make the page too large.")
 
 
 def choose_cases(keys: Sequence[str], scores: Mapping[str, float], *, count: int) -> dict[str, list[str]]:

@@ -8,51 +8,52 @@ import yaml
 from engine.page import Page
 from engine.runs import RunFolder, flatten
 from pretrain.report_runs import config_of
+from pretrain.report_tables import TableOf
 
-# Of a protocol, what differs between runs that were nevertheless measured alike.
-FREE = ("encoder", "commit", "learning_rate", "map", "complete", "missing", "conditions", "clean_top1", "grad_cam")
+# Of a protocol, what differs between runs that were nevertheless measured alike: names, and beginnings of names.
+FREE = ("encoder", "commit", "learning_rate", "map", "complete", "missing", "conditions", "clean_top1")
+OF_ONE = ("grad_cam", "readout_")
 SETS = ("train", "val", "gaze", "gallery", "queries")
 
 
-MEASURED, DIFFER, CAME_FROM = (
-    "What the numbers were measured on",
-    "What the configs differ in",
-    "Where the runs came from",
-)
-CAPTIONS = {
-    MEASURED: "Samples and first digits of the digest of each set, options, hash of the encoder, commit.",
-    DIFFER: "Options that are not the same in all runs, by their dotted names.",
-    CAME_FROM: "Data, teacher, software and machine of each training.",
-}
-
-
-def origin_tables(runs: Sequence[RunFolder]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, columns and rows: protocols, what the configs differ in, each run's data and machine."""
+def origin_tables(runs: Sequence[RunFolder]) -> list[TableOf]:
+    """Protocols, what the configs differ in, each run's data and machine; without rows where there is nothing."""
     names = [run.name for run in runs]
-    protocols = ["run", "evaluator", "sets", "options", "encoder", "commit"]
-    tables = [(MEASURED, protocols, protocol_rows(runs))]
+    tables = [
+        TableOf(
+            "protocols",
+            "What the numbers were measured on",
+            "Samples and first digits of the digest of each set, options, hash of the encoder, commit.",
+            ["run", "evaluator", "sets", "options", "encoder", "commit"],
+            protocol_rows(runs),
+        )
+    ]
     if len(runs) > 1:
-        tables.append((DIFFER, ["option", *names], difference_rows(runs)))
+        title = "What the configs differ in"
+        caption = "Options that are not the same in all runs, by their dotted names."
+        tables.append(TableOf("differences", title, caption, ["option", *names], difference_rows(runs)))
     origins = [_origin(run) for run in runs]
     facts = list(dict.fromkeys(name for origin in origins for name in origin))
-    body = [[name, *(origin.get(name, "") for origin in origins)] for name in facts]
-    return [*tables, (CAME_FROM, ["", *names], body)]
+    body: list[list[Any]] = [[name, *(origin.get(name, "") for origin in origins)] for name in facts]
+    caption = "Data, teacher, software and machine of each training."
+    return [*tables, TableOf("origins", "Where the runs came from", caption, ["", *names], body)]
 
 
 def add_origin(page: Page, runs: Sequence[RunFolder]) -> None:
     """Add the tables of `origin_tables`, and what lies in the run folders, folded."""
-    for number, (title, columns, rows) in enumerate(origin_tables(runs)):
-        page.heading(title)
+    for number, table in enumerate(origin_tables(runs)):
+        page.heading(table.title)
         for sentence in unlike(runs) if number == 0 else ():
             page.paragraph(sentence)
-        page.table(columns, rows, caption=CAPTIONS[title] if rows else "Nothing.")
+        rows = [[str(cell) for cell in row] for row in table.rows]
+        page.table(table.columns, rows, caption=table.caption if table.rows else "Nothing.")
     for run in runs:
         summary = run.read_summary()
         whole = {key: summary.get(key) for key in ("data", "protocols", "environment")}
         page.folded(f"All of {run.name}", yaml.safe_dump(whole | {"config": config_of(run)}, sort_keys=False))
 
 
-def protocol_rows(runs: Sequence[RunFolder]) -> list[list[str]]:
+def protocol_rows(runs: Sequence[RunFolder]) -> list[list[Any]]:
     """One row for each run and evaluator: sets with their sizes and digests, options, hash of the encoder, commit."""
     rows = []
     for run in runs:
@@ -77,14 +78,16 @@ def unlike(runs: Sequence[RunFolder]) -> list[str]:
     sentences = []
     for evaluator in dict.fromkeys(name for run in runs for name in _protocols(run)):
         found = [protocols[evaluator] for run in runs if evaluator in (protocols := _protocols(run))]
-        names = dict.fromkeys(name for protocol in found for name in protocol if name not in FREE)
+        names = dict.fromkeys(
+            name for protocol in found for name in protocol if name not in FREE and not name.startswith(OF_ONE)
+        )
         different = [name for name in names if any(p.get(name) != found[0].get(name) for p in found)]
         if different:
             sentences.append(f"{evaluator} was not measured alike in all runs: {', '.join(different)} differ.")
     return sentences
 
 
-def difference_rows(runs: Sequence[RunFolder]) -> list[list[str]]:
+def difference_rows(runs: Sequence[RunFolder]) -> list[list[Any]]:
     """Dotted options that are not the same in all runs' configs, and their values."""
     configs = [flatten(config_of(run)) for run in runs]
     names = dict.fromkeys(name for config in configs for name in config if name not in ("run", "runs"))

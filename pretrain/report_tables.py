@@ -32,7 +32,9 @@ METRIC_NAMES = {
     "auc_shuffled": "sAUC",
     "information_gain": "IG, bits",
     "spearman": "Spearman",
+    "emd": "EMD",
 }
+LOWER_IS_BETTER = ("KLD", "EMD")
 NO_MODEL = {
     "centre_bias": "centre bias",
     "one_human": "one human",
@@ -213,7 +215,9 @@ def alignment(groups: Sequence[Group], numbers: Numbers) -> TableOf | None:
     kept = [i for i in range(1, len(METRIC_NAMES) + 1) if any(row[i] is not None for row in rows)]
     names = list(METRIC_NAMES.values())
     columns = ["", *(names[i - 1] for i in kept)]
-    caption = "Predicted attention against human gaze. KLD: lower is better; the rest: higher."
+    lower = " and ".join(name for name in LOWER_IS_BETTER if name in columns)
+    caption = "Predicted attention against human gaze. "
+    caption += f"{lower}: lower is better; the rest: higher." if lower else "Higher is better."
     body = [[row[0], *(row[i] for i in kept)] for row in rows]
     return TableOf("alignment", "Alignment with people", caption, columns, body) if rows else None
 

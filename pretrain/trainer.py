@@ -2,17 +2,21 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from engine.average import Average
+from engine.checkpoint import Retention
 from engine.errors import InputError
 from engine.launch import build_accelerator
 from engine.loading import counted
 from engine.loop import Hook, StepFunction, Training, fit, start_training
+from engine.optim import build_optimizer
 from engine.passes import Backward
 from engine.plan import Plan, plan_steps
 from engine.program import config_to_dict
@@ -43,7 +47,8 @@ def open_data(config: Config) -> ShardSet:
                 f"data.labels is needed by arm '{config.arm}': give the folder that teacher/label.py wrote"
             )
         labels = find_label_set(choose_control(config.data.labels, config.data.control))
-    shards = ShardSet(config.data.shards, labels=labels, teacher_hash=config.data.teacher)
+    data = config.data
+    shards = ShardSet(data.shards, labels=labels, teacher_hash=data.teacher, remote=data.remote)
     if not config.contrastive and not shards.classes:
         raise InputError(f"{config.data.shards}: arm '{config.arm}' needs classes, and these shards have none")
     return shards
@@ -93,13 +98,21 @@ def make_plan(config: Config, *, num_samples: int, world_size: int) -> Plan:
 
 
 def check(config: Config) -> list[str]:
-    """Validate a run without training it: config, shards, labels, model, memory of one step's tensors, launcher."""
+    """Validate a run without training it: config, shards, labels, model, memory of one step's tensors, launcher.
+
+    A machine without a GPU checks a run that needs one, but for what only a GPU has; a line says so.
+
+    Raises:
+        InputError: whatever would stop the training before its first step.
+    """
     check_run_name(config.run)
+    config, left_out = _without_gpu(config)
     accelerator = build_accelerator(precision=config.precision, seed=config.seed)
     shards = open_data(config)
     gaze = open_gaze(config, world_size=accelerator.num_processes) if config.co_trains else None
     plan = make_plan(config, num_samples=shards.num_samples, world_size=accelerator.num_processes)
     student = assemble_student(config, num_classes=len(shards.classes), accelerator=accelerator)
+    _check_options(config, student, accelerator)
     weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
     views = plan.local_batch * config.num_views
     sample = shards.read(0, 0)
@@ -118,7 +131,26 @@ def check(config: Config) -> list[str]:
         lines.append(f"labels: teacher {teacher['hash'][:16]}, control {teacher.get('control', 'none')}")
     if gaze is not None:
         lines.append(f"gaze: {gaze.root}, {gaze.num_samples} images, {config.data.gaze_batch_size} a step")
-    return lines
+    return lines + left_out
+
+
+def _check_options(config: Config, student: Student, accelerator: Accelerator) -> None:
+    """Refuse what a training would refuse when it puts optimiser, checkpoints and evaluators together."""
+    build_optimizer(student, config.optim, accelerator=accelerator)
+    loop = config.loop
+    Retention.parse(last=loop.keep_checkpoints, every=loop.keep_every, best=loop.keep_best)
+    no_training: Any = None
+    _online(no_training, config, student)  # makes the hooks, which nobody calls
+
+
+def _without_gpu(config: Config) -> tuple[Config, list[str]]:
+    """On a machine without a GPU, the config without what only a GPU has, and a line that names it; else as it is."""
+    needs = {"sync_batch_norm": config.sync_batch_norm, "precision fp16": config.precision == "fp16"}
+    found = [name for name, needed in needs.items() if needed]
+    if not found or torch.cuda.is_available():
+        return config, []
+    rest = replace(config, sync_batch_norm=False, precision="no" if config.precision == "fp16" else config.precision)
+    return rest, [f"no GPU here: {' and '.join(found)} left out of this check; training stops without one"]
 
 
 def train(config: Config) -> RunFolder:

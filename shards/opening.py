@@ -9,8 +9,9 @@ from typing import Any
 from shards.folder import Accept, Folder, ShardBytes
 from shards.index import SUFFIX, IndexFault, ShardIndex, parse_index
 from shards.manifest import Manifest
+from shards.order import MAX_WINDOW
 
-MAX_OPEN_SHARDS = 64
+MAX_OPEN_SHARDS = MAX_WINDOW
 FAULT_KEPT_S = 60.0  # a shard that could not be opened is tried again, for servers recover
 TAR_SUFFIX = ".tar"
 

@@ -16,6 +16,7 @@ import numpy as np
 from engine.errors import InputError
 
 KEPT_WINDOWS = 3
+MAX_WINDOW = 64  # shards that a reader keeps open: of a wider window it would open one anew for almost every sample
 
 
 def stable_permutation(count: int, *key: int | str) -> np.ndarray:
@@ -35,11 +36,12 @@ class SampleOrder:
     Args:
         shard_sizes: samples in each shard, `(shards,)`.
         seed: any integer.
-        window: shards whose samples are shuffled together; memory grows with the samples of one window.
+        window: shards whose samples are shuffled together, `MAX_WINDOW` at most where the set has more; memory grows
+            with the samples of one window.
         shuffle: False keeps the order on disk, in every epoch.
 
     Raises:
-        InputError: no samples, negative sizes, or a window below 1.
+        InputError: no samples, negative sizes, or a window below 1 or too wide.
     """
 
     def __init__(self, shard_sizes: np.ndarray, *, seed: int, window: int = 16, shuffle: bool = True) -> None:
@@ -51,6 +53,11 @@ class SampleOrder:
             raise InputError("shard sizes: the set holds no samples; pack a set with at least one")
         if window < 1:
             raise InputError(f"window: {window} shards; give 1 or more")
+        if shuffle and min(window, len(self.shard_sizes)) > MAX_WINDOW:
+            raise InputError(
+                f"window: {window} shards are more than the {MAX_WINDOW} that are kept open: give {MAX_WINDOW} or "
+                "fewer, of larger shards where samples must be mixed more widely"
+            )
         self.seed, self.window, self.shuffle = seed, window, shuffle
         self._epoch_key: int | None = None
         self._shards = self._window_starts = np.zeros(0, dtype=np.int64)
@@ -105,7 +112,7 @@ class StepBatches:
     """Batch sampler for `torch.utils.data.DataLoader`: one rank's part of each global batch.
 
     Step `s` uses positions `s * batch_size` to `(s + 1) * batch_size - 1`; rank `r` takes the `r`-th equal part.
-    Batches may straddle epochs, so no remainder is dropped. Yields lists of (epoch, shard, row).
+    Batches may straddle epochs, so no remainder is dropped between them. Yields lists of (epoch, shard, row).
 
     Args:
         batch_size: samples per step over all ranks.

@@ -123,8 +123,7 @@ def write_shards(job: Job, *, workers: int, max_bad: int) -> tuple[list[ShardRec
     """
     found = {number: done for number in range(len(job.plan.shards)) if (done := _complete(job, number)) is not None}
     missing = [number for number in range(len(job.plan.shards)) if number not in found]
-    with ProgressBar(job.plan.num_items, "packing") as bar:
-        bar.update(job.plan.num_items - sum(len(job.plan.shards[number]) for number in missing))
+    with ProgressBar(job.plan.num_items, "packing", done=sum(len(job.plan.shards[number]) for number in found)) as bar:
         if missing:
             found |= _run(job, missing, workers=min(workers, len(missing)), bar=bar, max_bad=max_bad, found=found)
     skipped = [entry for number in sorted(found) for entry in found[number][1]]

@@ -1,7 +1,8 @@
 """Check shard sets against their manifests: `python shards/verify.py DIRECTORY`.
 
 Counts, hashes, decodability, and for label sets agreement with the images. Exit code 2 on any fault. `--repair`
-rebuilds indices that can be rebuilt and writes the samples that cannot be used into a list that readers respect.
+rebuilds indices that can be rebuilt and writes the samples that cannot be used into a list that readers respect; what
+that does not mend, such as a tar that other tools cannot read to its end, stays a fault.
 """
 
 import multiprocessing
@@ -27,10 +28,13 @@ from shards.folder import open_folder
 from shards.location import is_remote, url_of
 from shards.manifest import FILE_NAME, Manifest, check_labels, read_manifest
 from shards.packing import available_cores
-from shards.quarantine import BadEntry, read_quarantine, write_quarantine
+from shards.quarantine import BadEntry, bad_rows, read_quarantine, write_quarantine
 from shards.verifying import ShardReport, check_shard, rebuild_index
 
 MAX_LINES = 20
+
+Images = dict[str, tuple[Path | str, Manifest]]
+"""Digest of an image set -> where it lies, and its manifest."""
 
 
 @dataclass
@@ -54,13 +58,13 @@ class VerifyConfig:
 
 @dataclass(slots=True)
 class SetReport:
-    """What was found in one set; `known` counts samples that were quarantined before, which are no fault."""
+    """What was found in one set; `left_out`: shard -> rows that readers leave out, which are no fault."""
 
     root: Path | str
     manifest: Manifest
     shards: list[ShardReport]
     faults: list[str]
-    known: int = 0
+    left_out: dict[int, set[int]]
 
     @property
     def bad(self) -> list[BadEntry]:
@@ -72,15 +76,20 @@ class SetReport:
         """Faults of the set, its shards and its samples."""
         return len(self.faults) + sum(len(shard.faults) + len(shard.bad) for shard in self.shards)
 
+    def forgive(self) -> None:
+        """Take away what samples that are left out explain."""
+        for shard in self.shards:
+            shard.forgive(self.left_out.get(shard.shard, set()))
+
 
 def main(config: VerifyConfig) -> None:
     """Verify, print the table, and fail on any fault."""
     roots = _find_sets(config)
     manifests = {root: read_manifest(root) for root in roots}
-    images = {m.digest: m for m in manifests.values() if m.kind == "images"}
+    images: Images = {m.digest: (root, m) for root, m in manifests.items() if m.kind == "images"}
     if config.images:
         given = read_manifest(config.images, kind="images")
-        images[given.digest] = given
+        images[given.digest] = (config.images, given)
     total = sum(manifest.num_samples for manifest in manifests.values())
     with ProgressBar(total, "verifying") as bar:
         reports = [_verify(root, manifest, images, config, bar) for root, manifest in manifests.items()]
@@ -110,9 +119,7 @@ def _find_sets(config: VerifyConfig) -> list[Path | str]:
     return [*found] or [root]
 
 
-def _verify(
-    root: Path | str, manifest: Manifest, images: dict[str, Manifest], config: VerifyConfig, bar: ProgressBar
-) -> SetReport:
+def _verify(root: Path | str, manifest: Manifest, images: Images, config: VerifyConfig, bar: ProgressBar) -> SetReport:
     work = partial(check_shard, open_folder(root), manifest, decode=config.decode)
     end_opencv_threads()
     context = multiprocessing.get_context("fork")
@@ -122,8 +129,8 @@ def _verify(
         for report in pool.map(work, range(manifest.num_shards)):
             shards.append(report)
             bar.update(report.num_samples)
-    result = SetReport(root, manifest, shards, [])
-    _forgive_quarantined(result)
+    result = SetReport(root, manifest, shards, [], _left_out(root, manifest, images))
+    result.forgive()
     hashes = np.concatenate([np.zeros(0, dtype=np.uint64), *[report.key_hashes for report in shards]])
     repeated = len(hashes) - len(np.unique(hashes))
     if repeated:
@@ -136,24 +143,27 @@ def _verify(
     return result
 
 
-def _forgive_quarantined(report: SetReport) -> None:
-    """Samples that are already left out are no fault, nor are the changed bytes of their shard."""
-    known = {(entry.shard, entry.row) for entry in read_quarantine(report.root, report.manifest)}
-    report.known = len(known)
-    for shard in report.shards:
-        here = {row for number, row in known if number == shard.shard}
-        if here:
-            shard.bad = {row: reason for row, reason in shard.bad.items() if row not in here}
-            shard.faults = []
+def _left_out(root: Path | str, manifest: Manifest, images: Images) -> dict[int, set[int]]:
+    """Rows of each shard that the quarantines name; of labels also those of their images, which need no label."""
+    entries = read_quarantine(root, manifest)
+    digest = _images_of(manifest)
+    if digest in images:
+        entries = entries + read_quarantine(*images[digest])
+    return {shard: set(rows.tolist()) for shard, rows in bad_rows(entries).items()}
 
 
-def _label_faults(root: Path | str, manifest: Manifest, images: dict[str, Manifest]) -> list[str]:
-    named = manifest.extra.get("images")
-    digest = named.get("digest") if isinstance(named, dict) else None
+def _images_of(labels: Manifest) -> str:
+    """Digest of the images that a label set names; of any other manifest nothing that is one."""
+    named = labels.extra.get("images")
+    return str(named.get("digest")) if isinstance(named, dict) else ""
+
+
+def _label_faults(root: Path | str, manifest: Manifest, images: Images) -> list[str]:
+    digest = _images_of(manifest)
     if digest not in images:
-        return [f"its images ({str(digest)[:12]}) are not at hand: give their folder with --images"]
+        return [f"its images ({digest[:12]}) are not at hand: give their folder with --images"]
     try:
-        check_labels(root, manifest, images[digest])
+        check_labels(root, manifest, images[digest][1])
     except InputError as error:
         return [str(error)]
     return []
@@ -175,22 +185,21 @@ def _teacher_faults(manifest: Manifest, run: str) -> list[str]:
 def _repair(report: SetReport) -> int:
     """Repair what can be repaired. Returns the faults that are left."""
     root = Path(report.root)
-    left = len(report.faults)
-    for shard in report.shards:
-        whole = shard.faults and len(shard.bad) == shard.num_samples
-        if whole and rebuild_index(root, report.manifest, shard.shard):
-            again = check_shard(open_folder(root), report.manifest, shard.shard, decode=True)
-            shard.faults, shard.bad = again.faults, again.bad
-        left += len(shard.faults) if not shard.bad else 0
+    for number, shard in enumerate(report.shards):
+        if shard.lost and rebuild_index(root, report.manifest, number):
+            report.shards[number] = check_shard(open_folder(root), report.manifest, number, decode=True)
+    report.forgive()
     if report.bad:
         old = read_quarantine(root, report.manifest)
         write_quarantine(root, report.manifest, old + report.bad)
         sys.stdout.write(f"{report.root}: {len(report.bad)} samples added to quarantine.json\n")
-    return left
+        for shard in report.shards:
+            shard.forgive(report.left_out.get(shard.shard, set()) | shard.bad.keys())
+    return report.num_faults
 
 
 def _print(reports: list[SetReport]) -> None:
-    table = Table("set", "kind", "shards", "samples", "unusable", "left out", "MB", "state")
+    table = Table("set", "kind", "shards", "samples", "unusable", "left out", "no label", "MB", "state")
     for report in reports:
         manifest = report.manifest
         table.add_row(
@@ -199,7 +208,8 @@ def _print(reports: list[SetReport]) -> None:
             str(manifest.num_shards),
             str(manifest.num_samples),
             str(len(report.bad)),
-            str(report.known),
+            str(sum(map(len, report.left_out.values()))),
+            str(sum(shard.num_without for shard in report.shards)),
             f"{manifest.num_bytes / 1e6:.1f}",
             f"{report.num_faults} faults" if report.num_faults else "good",
         )

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +18,7 @@ from shards.manifest import Manifest, holds_objects
 from shards.map_png import decode_map_png
 from shards.objects import check_objects
 from shards.opening import read_shard_index
-from shards.tar import TarError, scan
+from shards.tar import Member, TarError, scan
 from shards.writer import LABEL, index_of_tar, index_path
 
 _CHUNK = 1 << 20
@@ -28,14 +28,39 @@ _CHUNK = 1 << 20
 class ShardReport:
     """What was found in one shard.
 
-    `bad`: stored row -> reason. `faults`: what is wrong with the shard as a whole. `key_hashes`: `(samples,)` uint64.
+    `bad`: stored row -> key and reason. `changed`: its bytes as a whole are not those of the manifest: unreadable
+    (`lost`), of another size or SHA-256. `broken`: where the tar breaks off, with `behind`, the rows that lie there in
+    whole or in part. `strays`: what the tar holds beside the index's members. `damaged`: rows whose own bytes explain
+    `changed`. `num_without`: rows without a label. `key_hashes`: `(samples,)` uint64.
     """
 
     shard: int
     num_samples: int
     bad: dict[int, tuple[str, str]] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    strays: list[str] = field(default_factory=list)
+    damaged: set[int] = field(default_factory=set)
+    behind: set[int] = field(default_factory=set)
+    lost: bool = False
+    num_without: int = 0
     key_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong with the shard as a whole."""
+        return self.changed + self.broken + self.strays
+
+    def forgive(self, left_out: set[int]) -> None:
+        """Samples that readers leave out are no fault, nor what they alone explain: a tar that breaks off at them, and
+        changed bytes where everything else is sound. A tar that breaks off before others is one: other tools lose
+        those in silence."""
+        self.bad = {row: found for row, found in self.bad.items() if row not in left_out}
+        if self.behind and self.behind <= left_out:
+            self.broken = []
+        damaged = self.damaged | self.behind
+        if damaged and damaged <= left_out and not self.broken and not self.strays:
+            self.changed = []
 
 
 def check_shard(folder: Folder, manifest: Manifest, shard: int, *, decode: bool) -> ShardReport:
@@ -53,8 +78,9 @@ def check_shard(folder: Folder, manifest: Manifest, shard: int, *, decode: bool)
         file = folder.whole(name, num_bytes=size, sha256=sha256)
     except (IndexFault, OSError) as error:
         reason = str(error) if isinstance(error, IndexFault) else f"{name}: {error.strerror}"
-        report.faults.append(reason)
+        report.changed.append(reason)
         report.bad = {row: ("", f"whole shard unreadable: {reason}") for row in range(report.num_samples)}
+        report.damaged, report.lost = set(report.bad), True
         return report
     with file:
         _check_bytes(file, manifest, shard, report)
@@ -65,6 +91,9 @@ def check_shard(folder: Folder, manifest: Manifest, shard: int, *, decode: bool)
             except (ValueError, OSError) as error:
                 report.bad[row] = (index.key(row), str(error)[:200])
         _check_structure(file, index, report)
+    # A row without payload has no bytes that could have changed.
+    report.damaged = {row for row in report.bad if index.size[row] >= 0}
+    report.num_without = int((index.size < 0).sum())
     keys = index.keys()
     report.key_hashes = np.array(
         [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys], dtype=np.uint64
@@ -103,41 +132,52 @@ def _compare_index(index: ShardIndex, manifest: Manifest, shard: int) -> None:
 def _check_bytes(file: BinaryIO, manifest: Manifest, shard: int, report: ShardReport) -> None:
     size = os.fstat(file.fileno()).st_size
     if size != manifest.num_bytes_of[shard]:
-        report.faults.append(f"{size} bytes, the manifest says {manifest.num_bytes_of[shard]}")
+        report.changed.append(f"{size} bytes, the manifest says {manifest.num_bytes_of[shard]}")
         return
     digest = hashlib.sha256()
     while chunk := file.read(_CHUNK):
         digest.update(chunk)
     if digest.hexdigest() != manifest.hash_of(shard, "sha256"):
-        report.faults.append("SHA-256 is not the manifest's")
+        report.changed.append("SHA-256 is not the manifest's")
 
 
 def _check_structure(file: BinaryIO, index: ShardIndex, report: ShardReport) -> None:
     """Members of the tar against the rows of the index: same names, places and classes, nothing more."""
+    members: dict[int, Member] = {}
     try:
-        members = {member.offset: member for member in scan(file)}
+        for member in scan(file):
+            members[member.offset] = member
     except TarError as error:
-        report.faults.append(f"tar: {error}")
-        return
+        report.broken.append(f"tar: {error}")
+    reached = max(members, default=-1) if report.broken else index.num_bytes
     keys = index.keys()
     for row, key in enumerate(keys):
         for offset, size in ((index.offset, index.size), (index.info_offset, index.info_size)):
-            if size[row] >= 0:
-                member = members.pop(int(offset[row]), None)
-                if member is None or member.size != size[row] or _split(member.name)[0] != key:
-                    report.bad.setdefault(row, (key, "the tar holds another member in its place"))
+            if size[row] < 0:
+                continue
+            if offset[row] > reached:
+                report.behind.add(row)
+                continue
+            member_there = members.pop(int(offset[row]), None)
+            if member_there is None or member_there.size != size[row] or _split(member_there.name)[0] != key:
+                report.bad.setdefault(row, (key, "the tar holds another member in its place"))
+    _check_classes(file, index, members.values(), report)
+
+
+def _check_classes(file: BinaryIO, index: ShardIndex, members: Iterable[Member], report: ShardReport) -> None:
+    """The members that are no payload and no JSON: only classes, and those of the index."""
     labels: dict[str, int] = {}
-    for member in members.values():
+    for member in members:
         key, extension = _split(member.name)
         text = os.pread(file.fileno(), min(member.size, 32), member.offset)
         if extension == LABEL and text.isdigit():
             labels[key] = int(text)
         else:
-            report.faults.append(f"tar: member {member.name[:80]!r} is not in the index")
-    for row, key in enumerate(keys):
-        if labels.pop(key, -1) != index.label[row]:
+            report.strays.append(f"tar: member {member.name[:80]!r} is not in the index")
+    for row, key in enumerate(index.keys()):
+        if labels.pop(key, -1) != index.label[row] and row not in report.behind:
             report.bad.setdefault(row, (key, "its class in the tar is not the index's"))
-    report.faults += [f"tar: class of {key[:80]!r}, which has no image" for key in labels]
+    report.strays += [f"tar: class of {key[:80]!r}, which has no image" for key in labels]
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -196,11 +236,14 @@ def _check_fixations(fixations: Any) -> None:
 
 
 def _label_checker(file: BinaryIO, manifest: Manifest) -> Callable[[ShardIndex, int], None]:
-    check = check_objects if holds_objects(manifest) else _map_checker(manifest)
+    objects = holds_objects(manifest)
+    check = check_objects if objects else _map_checker(manifest)
 
     def check_row(index: ShardIndex, row: int) -> None:
-        if index.size[row] >= 0:  # an image the teacher could not read: its row stays, the reader leaves it out
+        if index.size[row] >= 0:
             check(_payload(file, index, row))
+        elif not objects:  # a detector may have passed over an image; samples are read without objects all the same
+            raise ValueError("no label map: none was written for this image")
 
     return check_row
 

@@ -52,7 +52,7 @@ class DataConfig:
     window: PositiveInt = 16
     """Shards whose samples are shuffled together."""
     max_bad_fraction: ClosedUnitInterval = 1e-3
-    """Stop when more than this share of the samples read is unreadable (and more than one is)."""
+    """Stop when more than this share of the samples read is unreadable and more than one is; 0 stops at the first."""
 
 
 @dataclass

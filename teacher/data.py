@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from attention.maps import inside_image
 from engine.loading import TensorBatch, make_loader
 from shards.decode import decode_rgb, image_size
+from shards.faults import RemoteFault
 from shards.gaze import GazeTarget, parse_target
 from shards.order import StepBatches
 from shards.reader import BadSample
@@ -31,7 +32,7 @@ class GazeBatch(TensorBatch):
         maps: human maps, float32 `(batch, rows, columns)`, sum 1.
         counts: fixations per cell, float32 `(batch, rows, columns)`.
         valid: bool `(batch,)`; false where there is no image or no fixation in it.
-        bad: key and reason of each sample that could not be read.
+        bad: file, key and reason of each sample that could not be read.
     """
 
     images: Tensor
@@ -150,7 +151,7 @@ class GazeDataset(Dataset[GazeBatch]):
             try:
                 images[i], target = self._read(position)
             except BadSample as error:
-                bad.append(str(error))
+                bad.append(f"{self.sources.locate(position[1])[0].shards.root}/{error}")
                 continue
             valid[i] = target.num_inside > 0
             maps[i], counts[i] = target.density(self.grid), count_fixations(target, self.grid)
@@ -171,10 +172,10 @@ class GazeDataset(Dataset[GazeBatch]):
                 rng = change_generator(self.seed, epoch=epoch, sample=first + row)
                 change = draw_change(rng, self.augment, size=target.size)
             image = load_image(sample.image, change, stored=target.size, size=self.size)
-        except BadSample:
+        except (BadSample, RemoteFault):
             raise
         except ValueError as error:
-            raise BadSample(sample.key, f"shard {shard}", str(error)) from error
+            raise BadSample(sample.key, source.shards.manifest.files[shard], str(error)) from error
         return image, target if change is None else move_target(target, change)
 
 

@@ -16,6 +16,7 @@ from engine.loading import make_loader
 from engine.progress import ProgressBar, report
 from shards.coco import CocoObjects, from_coco_results
 from shards.decode import decode_rgb
+from shards.faults import RemoteFault
 from shards.labels import label_directory, labels_complete, write_label_shard
 from shards.manifest import OBJECT_ENCODING
 from shards.objects import OBJECTS, coco_masks
@@ -224,7 +225,9 @@ def write_results(
             for row in range(int(images.shard_sizes[shard])):
                 try:
                     stored.append(_stored(results, images, shard, row))
-                except (BadSample, ValueError) as error:
+                except RemoteFault:
+                    raise
+                except ValueError as error:
                     failed.append(str(error))
             if len(failed) > config.max_bad_fraction * total:
                 raise InputError(

@@ -1,12 +1,13 @@
 """Options of `teacher/label.py`. The docstring under a field is its `--help`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from engine.program import REPOSITORY
 from engine.settings import Precision
+from shards.fetch import RemoteOptions
 
 DEFAULT_LABELS = REPOSITORY / "configs" / "teacher" / "label_demo.yaml"
 
@@ -44,3 +45,5 @@ class LabelConfig:
     """Control label sets to write beside a finished set, separated by commas: shuffled, centre_bias."""
     control_seed: int = 0
     """Seed of the shuffled control."""
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
+    """How image shards on s3://, gs:// and https:// are read."""

@@ -41,7 +41,7 @@ def label(config: LabelConfig) -> Path:
     """
     parse_controls(config.controls)
     teacher = load_teacher(config.run, expected=config.hash)
-    images = ShardSet(config.shards)
+    images = ShardSet(config.shards, remote=config.remote)
     task = shards_of_task(config, images)
     directory = label_directory(config.output, teacher.hash)
     claim_directory(directory, {"images": images.manifest.digest, "size": list(config.map_size)})
@@ -61,7 +61,7 @@ def check(config: LabelConfig) -> list[str]:
     """Teacher, images and this task's range, without writing anything."""
     parse_controls(config.controls)
     teacher = load_teacher(config.run, expected=config.hash)
-    images = ShardSet(config.shards)
+    images = ShardSet(config.shards, remote=config.remote)
     task = shards_of_task(config, images)
     directory = label_directory(config.output, teacher.hash)
     done = sum(labels_complete(directory, images, shard) for shard in task)

@@ -58,7 +58,7 @@ class Validation:
             extra["num_since_best"] += 1
         if 0 < self.config.patience <= extra["num_since_best"] and step < training.total_steps:
             extra["stopped_after"] = step
-            training.save(step)
+            training.save(step, last=True)
             raise EarlyStop
 
     def _is_better(self, value: float) -> bool:

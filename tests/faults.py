@@ -96,6 +96,49 @@ class BadLoss:
 
 
 @dataclass(frozen=True)
+class BadGradient:
+    """The gradient of one parameter of some steps becomes NaN on this rank, while the losses stay finite.
+
+    Attributes:
+        steps: numbers from 1, of this process; each must make one backward.
+    """
+
+    steps: tuple[int, ...]
+
+    def __call__(self) -> None:
+        from engine.faults import CheckedBackward
+
+        def make(function: Callable[..., Any]) -> Callable[..., Any]:
+            calls = 0
+
+            def backward(self_: CheckedBackward, loss: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls not in self.steps:
+                    return function(self_, loss)
+                hook = next(self_.module.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+                try:
+                    return function(self_, loss)
+                finally:
+                    hook.remove()
+
+            return backward
+
+        _replace("engine.faults.CheckedBackward.__call__", make)
+
+
+@dataclass(frozen=True)
+class Several:
+    """More than one fault."""
+
+    faults: tuple[Callable[[], None], ...]
+
+    def __call__(self) -> None:
+        for fault in self.faults:
+            fault()
+
+
+@dataclass(frozen=True)
 class Vanish:
     """A folder of the run is gone when a checkpoint is about to be written, as when a file system is unmounted.
 

@@ -16,7 +16,8 @@ from downstream.protocol import AttentionModel, Examples, Inputs
 from engine.errors import InputError
 from pretrain.encoder import load_encoder
 from shards.decode import decode_rgb
-from shards.reader import BadSample, ShardSet
+from shards.faults import RemoteFault
+from shards.reader import ShardSet
 
 
 @dataclass
@@ -114,7 +115,9 @@ def read_images(shards: ShardSet, *, size: int, seed: int, limit: int | None) ->
         try:
             sample = shards.read(shard, row)
             pixels = decode_rgb(sample.image)
-        except (BadSample, ValueError):
+        except RemoteFault:
+            raise
+        except ValueError:
             continue
         if sample.label < 0:
             continue

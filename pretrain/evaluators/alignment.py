@@ -1,16 +1,14 @@
 """How well predicted attention agrees with where people looked."""
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from engine.errors import InputError
 from pretrain.evaluators.attention_maps import Densities, feature_norm, grad_cam, has_feature_map, open_readout
 from pretrain.evaluators.base import Evaluator, Result, Subject
 from pretrain.evaluators.cache import Outputs
 from pretrain.evaluators.features import collect
-from pretrain.evaluators.gaze_rows import GazeRows, means
-from pretrain.evaluators.linear_probe import fit_on
+from pretrain.evaluators.gaze_rows import GazeRows, emd_note, means
+from pretrain.evaluators.linear_probe import fit_on, linear_protocol
 from pretrain.evaluators.prepare import CentreCrop
 from pretrain.evaluators.reading import UNREADABLE, Job
 from pretrain.evaluators.sources import ShardImages, train_images
@@ -23,42 +21,40 @@ from shards.reader import ShardSet
 def alignment(subject: Subject, probe: ProbeConfig) -> Result:
     """Score the attention head, or a read-out trained on the frozen encoder where it has none, against human gaze.
 
-    Metrics, means over the images of the gaze shards with at least one fixation: `nss`, `kld`, `cc`, `sim`,
-    `auc_judd`, `auc_borji`, `auc_shuffled`, `information_gain` (over the centre bias), `spearman`; the same with
-    `feature_norm/` and `grad_cam/` in front for those maps, and with `uniform/`, `centre_bias/`, `one_human/`,
-    `split_half/` for what needs no model. `num_images` were scored, `num_skipped` were not.
+    Metrics, means over the readable images of the gaze shards with at least one fixation: `nss`, `kld`, `cc`, `sim`,
+    `auc_judd`, `auc_borji`, `auc_shuffled`, `information_gain` (over the centre bias), `spearman`, `emd` (where POT is
+    installed); the same with `feature_norm/` and `grad_cam/` in front for those maps, and with `uniform/`,
+    `centre_bias/`, `one_human/` (without the last two), `split_half/` for what needs no model. `num_images` were
+    scored, `num_skipped` were not.
 
     Raises:
-        InputError: shards without gaze, or no labels to train a read-out from.
+        InputError: shards without gaze or without a readable image, or no labels to train a read-out from.
     """
     options = probe.gaze_options
     images, targets = gaze_set(probe)
-    readout, origin = open_readout(subject, probe)
-    rows = GazeRows(targets, stride=options.stride, negatives=options.negatives, seed=probe.seed)
-    predicted = _predict(
-        subject, probe, images, lambda x: readout.densities(subject.backbone, x), key=f"readout-{state_hash(readout)}"
-    )
-    densities = _of_targets(predicted, targets, images)
-    values = rows.score_each(densities)
-    scored = int(np.isfinite(values["nss"]).sum())
-    metrics = means(values) | {"num_images": float(scored), "num_skipped": float(len(images) - scored)}
-    protocol = {
-        "gaze": {"samples": len(images), "scored": scored, "digest": images.digest},
-        "map": origin,
-        "stride": options.stride,
-        "negatives": options.negatives,
-        "seed": probe.seed,
+    readout, made = open_readout(subject, probe)
+    protocol: dict[str, object] = made | {"stride": options.stride, "negatives": options.negatives, "seed": probe.seed}
+    maps = {
+        name: _predict(subject, probe, images, densities, key=key)
+        for name, densities, key in [
+            ("", lambda x: readout.densities(subject.backbone, x), f"readout-{state_hash(readout)}"),
+            *_other_maps(subject, probe, protocol),
+        ]
     }
-    for name, make, key in _other_maps(subject, probe, protocol):
-        found = _predict(subject, probe, images, make, key=key)
-        scores = means(rows.score_each(_of_targets(found, targets, images)))
-        metrics |= {f"{name}/{metric}": value for metric, value in scores.items()}
+    targets, places = _readable(subject, images, targets, maps)
+    rows = GazeRows(targets, stride=options.stride, negatives=options.negatives, seed=probe.seed)
+    values = {name: rows.score_each(outputs["maps"][places]) for name, outputs in maps.items()}
+    metrics = means(values[""]) | {"num_images": float(len(targets)), "num_skipped": float(len(images) - len(targets))}
+    for name in maps:
+        if name:
+            metrics |= {f"{name}/{metric}": value for metric, value in means(values[name]).items()}
     if "baselines" in options.rows:
         for row, scores in rows.baselines(subject.cache, digest=images.digest).items():
             metrics |= {f"{row}/{metric}": value for metric, value in scores.items()}
-    table = {name: [float(v) for v in each] for name, each in values.items() if np.isfinite(each).all()}
-    maps = {target.key: density.numpy() for target, density in zip(targets, densities, strict=True)}
-    return Result(metrics, protocol, maps=maps, tables={"by_image": table})
+    protocol |= {"gaze": {"samples": len(images), "scored": len(targets), "digest": images.digest}, "emd": emd_note()}
+    table = {name: [float(v) for v in each] for name, each in values[""].items() if np.isfinite(each).all()}
+    shown = {target.key: maps[""]["maps"][place].numpy() for target, place in zip(targets, places, strict=True)}
+    return Result(metrics, protocol, maps=shown, tables={"by_image": table})
 
 
 def gaze_set(probe: ProbeConfig) -> tuple[ShardImages, list[GazeTarget]]:
@@ -77,13 +73,22 @@ def gaze_set(probe: ProbeConfig) -> tuple[ShardImages, list[GazeTarget]]:
     return images, chosen
 
 
-def _of_targets(outputs: Outputs, targets: list[GazeTarget], images: ShardImages) -> list[Tensor]:
-    """The density of each target; the uniform one where its image could not be read."""
+def _readable(
+    subject: Subject, images: ShardImages, targets: list[GazeTarget], maps: dict[str, Outputs]
+) -> tuple[list[GazeTarget], list[int]]:
+    """The targets whose image could be read, and their places among the images; the others are reported.
+
+    Raises:
+        InputError: none could be read.
+    """
     numbers = {images.place(number): number for number in range(len(images))}
-    maps, labels = outputs["maps"], outputs["labels"]
-    flat = torch.full(maps.shape[1:], 1 / maps[0].numel())
-    chosen = [numbers[target.shard, target.row] for target in targets]
-    return [maps[number] if labels[number] != UNREADABLE else flat for number in chosen]
+    found = [(target, numbers[target.shard, target.row]) for target in targets]
+    kept = [(t, place) for t, place in found if all(each["labels"][place] != UNREADABLE for each in maps.values())]
+    if not kept:
+        raise InputError(f"{images.name}: none of the {len(found)} images with gaze can be read: pack them again")
+    if len(kept) < len(found):
+        subject.report(f"{images.name}: {len(found) - len(kept)} of {len(found)} images with gaze unreadable, left out")
+    return [target for target, _ in kept], [place for _, place in kept]
 
 
 def _predict(subject: Subject, probe: ProbeConfig, images: ShardImages, densities: Densities, *, key: str) -> Outputs:
@@ -112,6 +117,8 @@ def _other_maps(subject: Subject, probe: ProbeConfig, protocol: dict[str, object
         key = f"grad-cam-{train.digest}-{vars(probe.linear)}-{probe.seed}-{probe.crop}"
         found.append(("grad_cam", grad_cam(subject, head), key))
         protocol["grad_cam"] = f"of a linear probe on {len(train)} images"
+        protocol["train"] = {"samples": len(train), "digest": train.digest}
+        protocol |= {f"grad_cam_{name}": value for name, value in linear_protocol(probe, head).items()}
     return found
 
 

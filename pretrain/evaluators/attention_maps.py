@@ -57,11 +57,12 @@ class Readout(nn.Module):
         return torch.stack([_upsample(log_density(one).exp(), grid) for one in logits]).mean(0)
 
 
-def open_readout(subject: Subject, probe: ProbeConfig) -> tuple[Readout, str]:
+def open_readout(subject: Subject, probe: ProbeConfig) -> tuple[Readout, dict[str, object]]:
     """The student's own heads, or a read-out trained on the frozen encoder where it has none.
 
     Returns:
-        The heads in evaluation mode, and where they come from, for protocols.
+        The heads in evaluation mode, and for protocols where they come from: `map`, and of a read-out `readout_steps`,
+        `readout_learning_rate`, and the digests of what it was trained on, `readout_images` and `readout_labels`.
 
     Raises:
         InputError: no labels to train a read-out from, or stages that the backbone does not have.
@@ -75,7 +76,7 @@ def open_readout(subject: Subject, probe: ProbeConfig) -> tuple[Readout, str]:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{subject.name}: its attention heads do not fit its config ({reason})") from error
-        return readout.eval(), "the student's own head"
+        return readout.eval(), {"map": "the student's own head"}
     steps = probe.gaze_options.readout_steps or subject.step or DEFAULT_STEPS
 
     def make() -> dict[str, Tensor]:
@@ -84,7 +85,13 @@ def open_readout(subject: Subject, probe: ProbeConfig) -> tuple[Readout, str]:
 
     key = readout_key(subject, probe)
     readout.load_state_dict(kept_tensors(subject.cache, "readout", key, make, ranks=subject.ranks))
-    return readout.eval(), f"read-out trained for {steps} steps on the frozen encoder"
+    return readout.eval(), {
+        "map": f"read-out trained for {steps} steps on the frozen encoder",
+        "readout_steps": steps,
+        "readout_learning_rate": probe.gaze_options.readout_lr,
+        "readout_images": key["images"],
+        "readout_labels": key["labels"],
+    }
 
 
 def readout_key(subject: Subject, probe: ProbeConfig) -> dict[str, Any]:

@@ -19,8 +19,8 @@ Outputs = dict[str, Tensor]
 
 
 def key_digest(value: Any) -> str:
-    """Hexadecimal SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    """Hexadecimal SHA-256 of a JSON value; of what JSON does not know (paths), of its text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def tensor_digest(value: Tensor) -> str:

@@ -52,7 +52,7 @@ def collect_each(subject: Subject, probe: ProbeConfig, jobs: Iterable[Job]) -> I
 def _collect(subject: Subject, probe: ProbeConfig, plan: Plan, ahead: Ahead) -> Outputs:
     count, ranks, parts = len(plan.job.source), subject.ranks, plan.parts
     whole: Outputs = {}
-    with ProgressBar(count, plan.job.title) if _is_long(subject, plan) else _NoBar() as bar:
+    with open_bar(count, plan.job.title, shown=_is_long(subject, plan)) as bar:
         for turn in range(0, len(parts), ranks.world_size):
             here = parts[turn + ranks.rank] if turn + ranks.rank < len(parts) else None
             outputs = None if here is None else _part_outputs(subject, probe, plan, here, ahead)
@@ -111,17 +111,22 @@ def _batches(subject: Subject, pieces: Iterator[Read], labels: list[Tensor], *, 
         yield torch.cat(waiting)
 
 
-class _NoBar:
+class NoBar:
     """Stands in for the progress bar on the other ranks and for small sets."""
 
-    def __enter__(self) -> "_NoBar":
+    def __enter__(self) -> "NoBar":
         return self
 
     def __exit__(self, *error: object) -> None:
         pass
 
-    def update(self, n: int = 1) -> None:
+    def update(self, n: int = 1, **fields: object) -> None:
         """Count nothing."""
+
+
+def open_bar(total: int, label: str, *, shown: bool) -> ProgressBar | NoBar:
+    """A progress bar, or what stands in for one that is not shown."""
+    return ProgressBar(total, label) if shown else NoBar()
 
 
 def pooled(subject: Subject) -> Compute:

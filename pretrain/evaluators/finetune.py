@@ -1,6 +1,7 @@
 """Semi-supervised fine-tuning: the whole encoder on a few labelled images, beside the same from random weights."""
 
 import copy
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.errors import InputError
+from engine.files import write_json
 from engine.loading import make_loader
+from pretrain.encoder import feature_width
 from pretrain.evaluators.base import Evaluator, Result, Subject
+from pretrain.evaluators.cache import key_digest
+from pretrain.evaluators.classes import class_labels
+from pretrain.evaluators.features import open_bar
 from pretrain.evaluators.linear_probe import accuracies, pair_protocol
 from pretrain.evaluators.prepare import CentreCrop, RandomView
 from pretrain.evaluators.reading import READ_AHEAD, Order, Prepared, to_inputs
 from pretrain.evaluators.sources import ShardImages, labelled_pair
 from pretrain.evaluators.subjects import untrained
 from pretrain.probe_config import FinetuneConfig, ProbeConfig
-from shards.folder import open_folder
 from shards.keys import make_key
-from shards.opening import read_shard_index
 
 MOMENTUM = 0.9
+
+
+Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,9 @@ def finetune(subject: Subject, probe: ProbeConfig) -> Result:
     """Fine-tune all weights on a share of the training images and measure on the validation images.
 
     Metrics, percent: `<share>/top1`, with more than five classes `<share>/top5`, and `scratch/<share>/top1` of the same
-    training from random weights; a share is `1%` or the name of a list. Each arm is trained by one rank, so the result
-    does not depend on their number.
+    training from random weights; a share is `1%`, `100%` or the name of a list. Each arm is trained by one rank under
+    the probe's seed, so the result does not depend on their number. A finished arm is kept in the cache and not trained
+    again; one from random weights serves all encoders of its architecture.
 
     SimCLR (appendix B.5) fine-tunes with Nesterov momentum, learning rate 0.05 * batch / 256, crop and flip, no weight
     decay, 60 epochs for 1 % and 30 for 10 %; the new classifier's higher rate is our choice.
@@ -49,17 +57,10 @@ def finetune(subject: Subject, probe: ProbeConfig) -> Result:
     Raises:
         InputError: shares or lists that leave a class without an image, a list that names unknown images.
     """
-    config, ranks = probe.finetune, subject.ranks
+    config = probe.finetune
     train, val = labelled_pair(probe)
     arms = plan_arms(config, train, seed=probe.seed)
-    own: dict[str, dict[str, float]] = {}
-    for number, arm in enumerate(arms):
-        if number % ranks.world_size == ranks.rank:
-            own[arm.name] = _run_arm(arm, subject, probe, train, val)
-            subject.report(f"finetune: {arm.name}, {len(arm.numbers)} images: top1 {own[arm.name]['top1']:.2f}")
-    found: dict[str, dict[str, float]] = {}
-    for part in ranks.gather(own):
-        found |= part
+    found = _scores(arms, subject, probe, train, val)
     metrics = {f"{arm.name}/{name}": value for arm in arms for name, value in found[arm.name].items()}
     protocol = pair_protocol(probe, train, val) | {
         "images": {arm.name: len(arm.numbers) for arm in arms},
@@ -78,13 +79,17 @@ def plan_arms(config: FinetuneConfig, train: ShardImages, *, seed: int) -> list[
     Raises:
         InputError: see `finetune`.
     """
+    labels = class_labels(train.shards)[train.numbers]
     if config.lists:
         chosen = {path.stem: read_list(path, train) for path in config.lists}
     else:
-        labels = all_labels(train)
+        if 0 in config.fractions:
+            raise InputError("finetune.fractions: 0 is no share of the training set: give shares above 0, 1 for all")
         chosen = {f"{100 * share:g}%": stratified(labels, share=share, seed=seed) for share in config.fractions}
     if not chosen:
         raise InputError("finetune: neither fractions nor lists are given")
+    for name, numbers in chosen.items():
+        _check_classes(labels[numbers], train, where=f"finetune.lists '{name}'" if config.lists else train.name)
     arms = [Arm(name, False, tuple(numbers)) for name, numbers in chosen.items()]
     return arms + ([Arm(f"scratch/{arm.name}", True, arm.numbers) for arm in arms] if config.scratch else [])
 
@@ -103,16 +108,14 @@ def stratified(labels: np.ndarray, *, share: float, seed: int) -> list[int]:
     return sorted(chosen)
 
 
-def all_labels(images: ShardImages) -> np.ndarray:
-    """Class of every image, from the shards' indices: `(num_images,)`, -1 for none."""
-    shards = images.shards
-    labels: list[int] = []
-    folder = open_folder(shards.root, remote=shards.remote)
-    for shard in range(len(shards.shard_sizes)):
-        index = read_shard_index(folder, shards.manifest, shard)
-        stored = dict(zip(index.keys(), index.label.tolist(), strict=True))
-        labels += [stored[key] for key in shards.keys(shard)]
-    return np.array(labels, dtype=np.int64)[images.numbers]
+def _check_classes(labels: np.ndarray, train: ShardImages, *, where: str) -> None:
+    counts = np.bincount(labels[labels >= 0], minlength=len(train.classes))
+    empty = [train.classes[number] for number in np.flatnonzero(counts == 0)]
+    if empty:
+        raise InputError(
+            f"{where}: no training image of class '{empty[0]}' ({len(empty)} of {len(counts)} classes have none): give "
+            "at least one of each (a longer list, a larger max_train, or a whole set)"
+        )
 
 
 def read_list(path: Path, images: ShardImages) -> list[int]:
@@ -145,9 +148,62 @@ def read_list(path: Path, images: ShardImages) -> list[int]:
     return sorted(set(chosen))
 
 
-def _run_arm(arm: Arm, subject: Subject, probe: ProbeConfig, train: ShardImages, val: ShardImages) -> dict[str, float]:
-    start = untrained(subject, seed=probe.seed) if arm.scratch else subject
-    model = _Classifier(copy.deepcopy(start.backbone), len(train.classes)).to(subject.device)
+def _scores(
+    arms: list[Arm], subject: Subject, probe: ProbeConfig, train: ShardImages, val: ShardImages
+) -> dict[str, Scores]:
+    """The numbers of every arm by its name, kept or trained for; as many arms at a time as there are ranks."""
+    ranks = subject.ranks
+    floor = untrained(subject, seed=probe.seed) if any(arm.scratch for arm in arms) else subject
+    starts = {arm.name: floor if arm.scratch else subject for arm in arms}
+    files = {arm.name: _file(arm, starts[arm.name], probe, train, val) for arm in arms} if subject.cache else {}
+    # rank 0 says what is left to do: jobs of an array write at any time, and the ranks must do the same
+    found: dict[str, Scores] = ranks.broadcast({name: kept for name, path in files.items() if (kept := _read(path))})
+    missing = [arm for arm in arms if arm.name not in found]
+    for turn in range(0, len(missing), ranks.world_size):
+        own: dict[str, Scores] = {}
+        for arm in missing[turn:][ranks.rank : ranks.rank + 1]:
+            # dropout and stochastic depth draw from the global generators, which differ from rank to rank
+            with torch.random.fork_rng([subject.device] if subject.device.type == "cuda" else []):
+                torch.manual_seed(probe.seed)
+                own[arm.name] = _run_arm(arm, starts[arm.name], probe, train, val)
+            if files:
+                write_json(files[arm.name], {"arm": arm.name, "images": len(arm.numbers), "metrics": own[arm.name]})
+        for part in ranks.gather(own):
+            found |= part
+        for arm in missing[turn : turn + ranks.world_size]:
+            subject.report(f"finetune: {arm.name}, {len(arm.numbers)} images: top1 {found[arm.name]['top1']:.2f}")
+    return found
+
+
+def _file(arm: Arm, start: Subject, probe: ProbeConfig, train: ShardImages, val: ShardImages) -> Path:
+    """Where the numbers of an arm are kept; its name tells all that decides them."""
+    assert start.cache is not None
+    start.cache.mkdir(parents=True, exist_ok=True)
+    config, model = probe.finetune, start.config.model
+    key = {
+        "encoder": start.hash,
+        # weights alone do not tell of dropout and strides
+        "architecture": [model.backbone, model.backbone_options, model.cifar_stem],
+        "train": train.digest,
+        "val": val.digest,
+        "images": key_digest(arm.numbers),
+        "training": [config.epochs, config.batch_size, config.lr, config.head_lr],
+        "options": [probe.crop, probe.seed, start.image_size, start.statistics],
+    }
+    return start.cache / f"finetune-{key_digest(key)[:32]}.json"
+
+
+def _read(path: Path) -> Scores:
+    """The kept numbers of an arm; empty where they are absent or damaged."""
+    try:
+        found = {str(name): float(value) for name, value in json.loads(path.read_bytes())["metrics"].items()}
+        return found if "top1" in found else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _run_arm(arm: Arm, subject: Subject, probe: ProbeConfig, train: ShardImages, val: ShardImages) -> Scores:
+    model = _Classifier(copy.deepcopy(subject.backbone), len(train.classes)).to(subject.device)
     with torch.enable_grad():
         _train(model, arm, subject, probe, train)
     model.eval()
@@ -159,7 +215,12 @@ def _run_arm(arm: Arm, subject: Subject, probe: ProbeConfig, train: ShardImages,
         for pixels, answers in make_loader(dataset, orders, num_workers=min(probe.num_workers, len(orders))):
             scores.append(model(to_inputs(pixels, subject)).cpu()[answers >= 0])
             labels.append(answers[answers >= 0])
-    return accuracies(torch.cat(scores), torch.cat(labels))
+    usable = torch.cat(labels)
+    if not len(usable):
+        raise InputError(f"{val.name}: no labelled sample can be read; fine-tuning is measured on images with classes")
+    if len(usable) < len(val):
+        subject.report(f"{val.name}: {len(val) - len(usable)} of {len(val)} samples unreadable or unlabelled, left out")
+    return accuracies(torch.cat(scores), usable)
 
 
 def _train(model: nn.Module, arm: Arm, subject: Subject, probe: ProbeConfig, train: ShardImages) -> None:
@@ -181,14 +242,20 @@ def _train(model: nn.Module, arm: Arm, subject: Subject, probe: ProbeConfig, tra
         order = rng.permutation(arm.numbers)
         orders += [Order(order[i * size : (i + 1) * size].tolist(), view) for i in range(per_epoch)]
     dataset = Prepared(train, prepare[0], size=subject.image_size)
-    for step, (pixels, labels) in enumerate(make_loader(dataset, orders, num_workers=min(probe.num_workers, total))):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"] * 0.5 * (1 + math.cos(math.pi * step / total))
-        targets = labels.clamp(min=-1).to(subject.device, non_blocking=True)
-        loss = functional.cross_entropy(model(to_inputs(pixels, subject)), targets, ignore_index=-1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    loader = make_loader(dataset, orders, num_workers=min(probe.num_workers, total))
+    shown: dict[str, str] = {}
+    with open_bar(total, f"finetune {arm.name}", shown=subject.ranks.is_main) as bar:
+        for step, (pixels, labels) in enumerate(loader):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"] * 0.5 * (1 + math.cos(math.pi * step / total))
+            targets = labels.clamp(min=-1).to(subject.device, non_blocking=True)
+            loss = functional.cross_entropy(model(to_inputs(pixels, subject)), targets, ignore_index=-1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if (step + 1) % per_epoch == 0:
+                shown = {"epoch": f"{(step + 1) // per_epoch}/{config.epochs}", "loss": f"{loss.item():.4f}"}
+            bar.update(1, **shown)
 
 
 class _Classifier(nn.Module):
@@ -197,7 +264,7 @@ class _Classifier(nn.Module):
     def __init__(self, backbone: Any, num_classes: int) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(True).train()
-        self.classifier = nn.Linear(backbone.num_features, num_classes)
+        self.classifier = nn.Linear(feature_width(backbone), num_classes)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 

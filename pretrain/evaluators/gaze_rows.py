@@ -1,8 +1,9 @@
 """Maps against human gaze by every metric of `attention/`, with what needs no model beside."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention.baselines import MapShape, human_baselines, leave_image_out
+from attention.baselines import MapShape, human_baselines, leave_image_out, uniform
 from attention.fixations import shuffled_negatives
-from attention.metrics import evaluate_maps, spearman
+from attention.maps import inside_image
+from attention.metrics import emd, evaluate_maps, spearman
 from engine.files import write_json
 from pretrain.evaluators.cache import key_digest
 from shards.gaze import CHUNK, GazeTarget, resize_density
 
 Values = dict[str, np.ndarray]
+
+
+def slow_metrics() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Of two batches of maps, those that `evaluate_maps` leaves out: Spearman, and EMD where POT is installed."""
+    return {"spearman": spearman, "emd": emd} if find_spec("ot") else {"spearman": spearman}
+
+
+def emd_note() -> str:
+    """How EMD was computed, or why not, for protocols."""
+    return "by POT on at most 14 x 14 cells" if "emd" in slow_metrics() else "left out: POT is not installed"
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,7 @@ class GazeRows:
 
     def __init__(self, targets: Sequence[GazeTarget], *, stride: int, negatives: int, seed: int) -> None:
         self.targets, self.stride, self.negatives, self.seed = targets, stride, negatives, seed
+        self.slow = slow_metrics()
         sizes: dict[tuple[int, int], list[int]] = {}
         for number, target in enumerate(targets):
             if target.num_inside:
@@ -87,7 +100,7 @@ class GazeRows:
                     valid=group.valid[rows],
                     **group.given(rows),
                 )
-                scores["spearman"] = spearman(maps, group.human[rows])
+                scores |= {name: metric(maps, group.human[rows]) for name, metric in self.slow.items()}
                 scores.pop("num_fixations")
                 for name, values in scores.items():
                     place = results.setdefault(name, np.full(len(self.targets), np.nan))
@@ -97,10 +110,13 @@ class GazeRows:
     def baselines(self, cache: Path | None, *, digest: str) -> dict[str, dict[str, float]]:
         """Mean scores of uniform, centre_bias, one_human and split_half; computed once per set where there is a cache.
 
+        one_human has neither Spearman nor EMD: with a map for each observer they would take minutes.
+
         Args:
-            digest: identity of the gaze set and the part of it that is used.
+            digest: identity of the gaze set.
         """
-        key = key_digest([digest, self.stride, self.negatives, self.seed, len(self.targets)])[:32]
+        keys = key_digest([target.key for target in self.targets])
+        key = key_digest([digest, self.stride, self.negatives, self.seed, keys, list(self.slow)])[:32]
         path = cache / f"gaze-baselines-{key}.json" if cache is not None else None
         if path is not None and path.is_file():
             try:
@@ -122,13 +138,39 @@ class GazeRows:
             gaze = [_by_observer(self.targets[number]) for number in group.numbers]
             found = human_baselines(gaze, shape=group.shape, num_negatives=self.negatives, seed=self.seed)
             for row, columns in found.items():
-                for name, values in columns.items():
+                for name, values in (columns | self._slow_columns(group, row)).items():
                     collected.setdefault(row, {}).setdefault(name, []).append(values)
         rows = {
             row: means({name: torch.cat(parts).numpy() for name, parts in scores.items()})
             for row, scores in collected.items()
         }
         return {row: {k: v for k, v in found.items() if k != "num_fixations"} for row, found in rows.items() if found}
+
+    def _slow_columns(self, group: _Group, row: str) -> dict[str, Tensor]:
+        """The slow metrics of a baseline, `(group.targets,)` float64, NaN where there is none."""
+        pairs: dict[str, Callable[[], Iterator[tuple[Tensor, Tensor]]]] = {
+            "uniform": lambda: ((uniform(group.shape.grid), human) for human in group.human),
+            "centre_bias": lambda: zip(group.others["baseline"], group.human, strict=True),
+            "split_half": lambda: self._halves(group),
+        }
+        columns: dict[str, list[Tensor]] = {}
+        for first, second in pairs.get(row, lambda: iter(()))():
+            for name, metric in self.slow.items():
+                columns.setdefault(name, []).append(metric(first[None], second[None])[0].double())
+        return {name: torch.stack(values) for name, values in columns.items()}
+
+    def _halves(self, group: _Group) -> Iterator[tuple[Tensor, Tensor]]:
+        """Maps of two halves of each image's observers, drawn as `human_baselines` draws them; NaN without gaze.
+
+        The slow metrics stay the same when the maps change places: one way stands for both.
+        """
+        rng = np.random.default_rng(self.seed)
+        for number in group.numbers:
+            observers = _by_observer(self.targets[number])
+            order = rng.permutation(len(observers)).tolist()
+            half = len(order) // 2
+            first, second = (_half_map(observers, side, group.shape) for side in (order[:half], order[half:]))
+            yield first, second
 
 
 def means(values: Values) -> dict[str, float]:
@@ -139,3 +181,8 @@ def means(values: Values) -> dict[str, float]:
 def _by_observer(target: GazeTarget) -> list[np.ndarray]:
     count = int(target.observers.max()) + 1 if len(target.observers) else 0
     return [target.points[target.observers == observer] for observer in range(count)]
+
+
+def _half_map(observers: list[np.ndarray], chosen: list[int], shape: MapShape) -> Tensor:
+    points = np.concatenate([np.zeros((0, 2)), *(observers[index] for index in chosen)])
+    return shape.density(points) if inside_image(points, shape.size).any() else torch.full(shape.grid, torch.nan)

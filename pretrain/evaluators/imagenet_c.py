@@ -25,6 +25,7 @@ from pretrain.evaluators.sources import ArrayImages, FolderImages, ImageSource, 
 from pretrain.probe_config import ProbeConfig
 
 NAMES = ("error",)
+IMAGENET_CLASSES, IMAGENET_SIZE = 1000, 224  # those of AlexNet's errors; pixels
 
 
 def imagenet_c(subject: Subject, probe: ProbeConfig) -> Result:
@@ -51,17 +52,21 @@ def imagenet_c(subject: Subject, probe: ProbeConfig) -> Result:
         subject.report(f"imagenet_c: {condition[0]} severity {condition[1]}: top1 {100 * (1 - error):.2f}")
         kept.put(condition, error, write=subject.ranks.is_main)
     protocol = pair_protocol(probe, train, val) | linear_protocol(probe, head) | corrupted.protocol()
-    return summary(subject.ranks.broadcast(kept.all()), clean=clean, protocol=protocol, num_classes=len(train.classes))
+    return summary(subject.ranks.broadcast(kept.all()), clean=clean, protocol=protocol, corrupted=corrupted)
 
 
 def kept_errors(subject: Subject, probe: ProbeConfig, corrupted: "CorruptedSets", train: ShardImages) -> KeptNumbers:
     """The errors that are known."""
     key = corrupted.key(subject, probe, train)
-    return KeptNumbers(subject.cache, key, kind="errors", names=NAMES)
+    return KeptNumbers(subject.cache, key, kind="errors", names=NAMES, images=corrupted.digest)
 
 
 def summary(
-    found: Mapping[Condition, tuple[float, ...]], *, clean: float, protocol: dict[str, Any], num_classes: int
+    found: Mapping[Condition, tuple[float, ...]],
+    *,
+    clean: float,
+    protocol: dict[str, Any],
+    corrupted: "CorruptedSets",
 ) -> Result:
     """The result of whatever was measured so far.
 
@@ -69,18 +74,18 @@ def summary(
         found: condition to its error.
         clean: error on the clean images.
         protocol: of data, probe and corrupted sets.
+        corrupted: what was measured.
     """
     errors: dict[str, dict[int, float]] = {}
     for (name, severity), (error,) in found.items():
         errors.setdefault(name, {})[severity] = error
-    alexnet = protocol["layout"] != "array"
-    metrics, state = summarise(errors, clean=clean, alexnet=alexnet)
+    metrics, state = summarise(errors, clean=clean, alexnet=corrupted.layout != "array")
     protocol = protocol | state
     note = "" if state["complete"] else f"PARTIAL, {_gaps(state['missing'])} of 75 missing, no mCE"
     if "mce" in metrics:
-        comparable = num_classes == 1000
-        protocol["mce"] = "by AlexNet's errors on ImageNet" + ("" if comparable else "; not comparable")
-        note = note or ("" if comparable else "mCE not comparable: not ImageNet's classes")
+        unlike = ", ".join(corrupted.unlike_imagenet())
+        protocol["mce"] = "by AlexNet's errors on ImageNet" + (f"; not comparable: {unlike}" if unlike else "")
+        note = f"mCE not comparable: {unlike}" if unlike else ""
     return Result(_ordered(metrics), protocol, tables=_tables(errors), note=note)
 
 
@@ -99,6 +104,7 @@ class CorruptedSets:
         self.names = choose_corruptions(probe.corruptions.names)
         self.severities = check_severities(probe.corruptions.severities)
         self.folder = probe.corruptions.folder
+        self._digests: dict[Condition, str] = {}
         if self.folder is None:
             self.layout = "made"
             check_package(self.size)
@@ -122,11 +128,20 @@ class CorruptedSets:
         if self.folder is None:
             clean = CentreCrop(self.size, self.probe.crop)
             return self.val, Corrupted(clean, name, severity, self.probe.seed)
+        images: ImageSource
         if self.layout == "array":
             labels = self.folder / "labels.npy"
             images = ArrayImages(self.folder / f"{name}.npy", labels, severity=severity, classes=self.val.classes)
-            return images, CentreCrop(self.size, 1.0)
-        return FolderImages(self.folder / name / str(severity), classes=self.val.classes), ReleasedCrop(self.size)
+        else:
+            images = FolderImages(self.folder / name / str(severity), classes=self.val.classes)
+        self._digests[condition] = images.digest
+        return images, CentreCrop(self.size, 1.0) if self.layout == "array" else ReleasedCrop(self.size)
+
+    def digest(self, condition: Condition) -> str:
+        """Of a released condition's images, as they were when they were last opened; made ones need none: `key`."""
+        if self.folder is not None and condition not in self._digests:
+            self.open(condition)
+        return self._digests.get(condition, "")
 
     def open_each(self, conditions: Sequence[Condition]) -> Iterator[tuple[ImageSource, Prepare]]:
         """As `open`, one after another when they are needed."""
@@ -135,7 +150,10 @@ class CorruptedSets:
         yield from map(self.open, conditions)
 
     def key(self, subject: Subject, probe: ProbeConfig, train: ShardImages) -> dict[str, object]:
-        """All that decides an error: what was measured under another key is not mixed in."""
+        """All that decides an error, but for what lies in a released folder, which `digest` tells.
+
+        What was measured under another key is not mixed in.
+        """
         where = str(self.folder.resolve()) if self.folder is not None else self.val.digest
         options = [vars(probe.linear), probe.crop, probe.seed, self.size, subject.statistics]
         return {
@@ -150,6 +168,16 @@ class CorruptedSets:
         """Where the corrupted images came from, for protocols."""
         made = "made on the fly by imagecorruptions on the centre crop" if self.folder is None else "released"
         return {"corruptions": made, "layout": self.layout}
+
+    def unlike_imagenet(self) -> list[str]:
+        """Why an mCE is not comparable with published ones; empty where it is."""
+        used, whole = len(self.val), self.val.shards.num_samples
+        reasons = {
+            f"{len(self.val.classes)} classes, not ImageNet's": len(self.val.classes) != IMAGENET_CLASSES,
+            f"inputs of {self.size} pixels, not {IMAGENET_SIZE}": self.size != IMAGENET_SIZE,
+            f"{used} of {whole} validation images": used < whole,
+        }
+        return [reason for reason, holds in reasons.items() if holds]
 
     def _exists(self, name: str, severity: int) -> bool:
         if self.folder is None:

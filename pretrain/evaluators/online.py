@@ -1,18 +1,25 @@
 """Evaluators during training: on a copy of the encoder, generators put back, so that training never notices."""
 
+import json
+import math
 import time
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from engine.checkpoint import rng_state, set_rng_state
+from engine.environment import git_commit
 from engine.errors import InputError
+from engine.files import append_lines, atomic_write, read_lines
 from engine.loop import Hook, Training
 from pretrain.config import Config
-from pretrain.evaluators.base import Evaluator, Subject
+from pretrain.evaluators.base import Evaluator, Result, Subject
+from pretrain.evaluators.offline import measured_on
 from pretrain.evaluators.registry import pick
-from pretrain.evaluators.sources import check_needs
+from pretrain.evaluators.sources import check_needs, limit_notes
 from pretrain.evaluators.subjects import state_hash
 from pretrain.model import build_backbone, input_statistics
 from pretrain.probe_config import GazeConfig, OnlineConfig, ProbeConfig
@@ -38,18 +45,28 @@ def online_hooks(training: Training, config: Config, student: Any) -> list[tuple
             if need != "train" and getattr(online, need) is None:
                 raise InputError(f"online.{need} is needed by evaluator '{evaluator.name}': give shards")
         check_needs(evaluator, probe)
+    if training is not None:  # a check has none
+        for line in limit_notes(evaluators, probe):
+            training.report(line)
     interval = online.every_steps or max(1, round(online.every_epochs * _steps_per_epoch(config)))
     return [(interval, OnlineEvaluation(training, config, student, evaluators=evaluators, probe=probe))]
 
 
 class OnlineEvaluation:
-    """Hook that evaluates a copy of the encoder and logs `online/<evaluator>/<metric>`; every rank calls it."""
+    """Hook that evaluates a copy of the encoder; every rank calls it.
+
+    Logs `online/<evaluator>/<metric>`, and writes what they were measured on into `probe/online.jsonl`.
+    """
 
     def __init__(
         self, training: Training, config: Config, student: Any, *, evaluators: list[Evaluator], probe: ProbeConfig
     ) -> None:
         self.training, self.config, self.student = training, config, student
         self.evaluators, self.probe = evaluators, probe
+        self.records: Records | None = None
+        if training is not None and training.ranks.is_main:
+            file = training.run.path / "probe" / "online.jsonl"
+            self.records = Records(file, after=training.step, report=training.report)
 
     def __call__(self, step: int) -> None:
         """Evaluate after `step` steps."""
@@ -99,10 +116,51 @@ class OnlineEvaluation:
             self.training.tracker.log(
                 {f"online/{evaluator.label}/{name}": value for name, value in result.metrics.items()}, step=step
             )
+        if self.records is not None:
+            protocol = measured_on(evaluator, result, subject, self.probe)
+            self.records.add(step, evaluator, result, encoder=subject.hash, protocol=protocol)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in list(result.metrics.items())[:6])
         seconds = time.monotonic() - started
         note = f" ({result.note})" if result.note else ""
         subject.report(f"online {evaluator.name}{note} after step {step}: {shown} ({seconds:.1f} s)")
+
+
+class Records:
+    """`probe/online.jsonl`: a line for each evaluator and step, with what its numbers were measured on.
+
+    Lines that cannot be written now (disk full, file system gone) wait for the next one.
+
+    Args:
+        after: steps done; what an earlier attempt wrote of later ones is dropped, as they are made again.
+    """
+
+    def __init__(self, file: Path, *, after: int, report: Callable[[str], None]) -> None:
+        self.file, self.after, self.report = file, after, report
+        self.commit = git_commit()
+        self._begun = False
+        self._unwritten: list[str] = []
+
+    def add(self, step: int, evaluator: Evaluator, result: Result, *, encoder: str, protocol: dict[str, Any]) -> None:
+        """Write one line; what is not finite is written as text, to stay JSON."""
+        metrics = {name: value if math.isfinite(value) else str(value) for name, value in result.metrics.items()}
+        names = {"step": step, "evaluator": evaluator.name, "encoder": encoder, "commit": self.commit}
+        line = names | {"protocol": protocol, "metrics": metrics}
+        self._unwritten.append(json.dumps(line, default=str, skipkeys=True))
+        try:
+            self._begin()
+            append_lines(self.file, *self._unwritten)
+        except OSError as error:
+            self.report(f"{self.file} cannot be written, its lines wait in memory ({error.strerror or error})")
+            return
+        self._unwritten.clear()
+
+    def _begin(self) -> None:
+        if self._begun:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_lines(self.file) if line["step"] <= self.after]
+        atomic_write(self.file, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._begun = True
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

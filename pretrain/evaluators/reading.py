@@ -7,7 +7,6 @@ the next while the encoder is still at the first.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,6 +21,7 @@ from pretrain.evaluators.cache import Outputs, PartCache, key_digest
 from pretrain.evaluators.prepare import Corrupted, Prepare, RandomView
 from pretrain.evaluators.sources import ImageSource
 from pretrain.probe_config import ProbeConfig
+from shards.faults import RemoteFault
 
 READ_AHEAD = 64  # images that a loader process hands over at a time
 UNREADABLE = -2
@@ -75,13 +75,17 @@ def read_images(source: ImageSource, prepare: Prepare, numbers: list[int], *, si
     labels = np.full(len(numbers), UNREADABLE, dtype=np.int64)
     found: list[tuple[int, np.ndarray]] = []
     for i, number in enumerate(numbers):
-        with suppress(ValueError):
+        try:
             image, label = source.read(number)
             if isinstance(prepare, RandomView):
                 found.append((i, image))
             else:
                 pixels[i] = prepare(image, number)
             labels[i] = label
+        except RemoteFault:
+            raise
+        except ValueError:
+            continue
     if found and isinstance(prepare, RandomView):
         views = prepare.each([image for _, image in found], [numbers[i] for i, _ in found])
         for (i, _), view in zip(found, views, strict=True):

@@ -40,13 +40,15 @@ def robust_gaze(subject: Subject, probe: ProbeConfig) -> Result:
     """
     train, val = labelled_pair(probe)
     corrupted = twins(subject, probe, val)
-    readout, origin = open_readout(subject, probe)
+    readout, made = open_readout(subject, probe)
     head = fit_on(subject, probe, train)
     compute, key = maps_and_features(subject, readout), f"maps-and-features-{state_hash(readout)}"
     clean = collect(subject, probe, Job(val, CentreCrop(subject.image_size, probe.crop), compute, key, "clean maps"))
     use = clean["labels"] >= 0
     if not use.any():
         raise InputError(f"{val.name}: no labelled image can be read")
+    if not use.all():
+        subject.report(f"{val.name}: {int((~use).sum())} of {len(use)} images unreadable or unlabelled, left out")
     labels, maps = clean["labels"][use], clean["maps"][use]
     top1 = accuracies(head.scores(clean["features"][use]), labels)["top1"]
     kept = kept_moves(subject, probe, corrupted, train)
@@ -62,7 +64,7 @@ def robust_gaze(subject: Subject, probe: ProbeConfig) -> Result:
         subject.report(f"robust_gaze: {condition[0]} severity {condition[1]}: kld {moved:.4f}, lost {lost:.2f}")
         kept.put(condition, moved, lost, write=subject.ranks.is_main)
     protocol = pair_protocol(probe, train, val) | linear_protocol(probe, head) | corrupted.protocol()
-    protocol |= {"map": origin, "clean_top1": top1, "grid": list(maps.shape[1:])}
+    protocol |= made | {"clean_top1": top1, "grid": list(maps.shape[1:])}
     return summary(subject.ranks.broadcast(kept.all()), protocol=protocol)
 
 

@@ -1,14 +1,11 @@
 """Evaluations shared out among the tasks of an array, which add up in the runs' folders.
 
 A piece of work is an evaluator on a run; of `imagenet_c` and `robust_gaze`, one corruption. What is finished leaves a
-mark, so that a repeated task does only what is missing: those two have a file for each condition that they measured, of
-the others there is `probe/finished/<evaluator>.json`.
+mark, so that a repeated task does only what is missing: `probe/finished/<evaluator>.json` says under which options the
+numbers in the summary were measured, and those two have a file for each condition as well.
 """
 
-import fcntl
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,26 +14,20 @@ import torch
 
 from engine.array_task import array_task
 from engine.errors import InputError
-from engine.files import sha256_of, write_json
-from engine.program import config_to_dict
 from engine.progress import report
 from engine.ranks import Ranks
 from engine.runs import RunFolder
 from pretrain.evaluators import imagenet_c, robust_gaze
 from pretrain.evaluators.base import Evaluator, Result, Subject
-from pretrain.evaluators.cache import key_digest
 from pretrain.evaluators.corruptions import COMMON, SEVERITIES, choose_corruptions
 from pretrain.evaluators.imagenet_c import CorruptedSets
 from pretrain.evaluators.kept import KeptNumbers
-from pretrain.evaluators.offline import output_folder, probe_run, write_result
-from pretrain.evaluators.registry import OWN, pick
+from pretrain.evaluators.offline import locked, options_key, output_folder, probe_run, read_mark, write_locked
+from pretrain.evaluators.registry import pick
 from pretrain.evaluators.sources import labelled_pair
 from pretrain.evaluators.subjects import open_subject
 from pretrain.probe_array_config import ProbeArrayConfig
 from pretrain.probe_config import ProbeConfig
-
-# What changes nothing in a result, or where it is written.
-FREE = ("run", "output", "evaluators", "batch_size", "num_workers", "cache", "keep_cache")
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Split:
 
     evaluator: Evaluator
     opened: Callable[[Subject, ProbeConfig], tuple[CorruptedSets, KeptNumbers]]
-    merged: Callable[[KeptNumbers, dict[str, Any], dict[str, float], int], Result]
+    merged: Callable[[KeptNumbers, dict[str, Any], dict[str, float], CorruptedSets], Result]
 
 
 def _errors(subject: Subject, probe: ProbeConfig) -> tuple[CorruptedSets, KeptNumbers]:
@@ -65,12 +56,16 @@ def _moves(subject: Subject, probe: ProbeConfig) -> tuple[CorruptedSets, KeptNum
     return sets, robust_gaze.kept_moves(subject, probe, sets, train)
 
 
-def _merged_errors(kept: KeptNumbers, protocol: dict[str, Any], metrics: dict[str, float], num_classes: int) -> Result:
+def _merged_errors(
+    kept: KeptNumbers, protocol: dict[str, Any], metrics: dict[str, float], corrupted: CorruptedSets
+) -> Result:
     clean = 1 - metrics[f"{imagenet_c.evaluator.label}/clean_top1"] / 100
-    return imagenet_c.summary(kept.all(), clean=clean, protocol=protocol, num_classes=num_classes)
+    return imagenet_c.summary(kept.all(), clean=clean, protocol=protocol, corrupted=corrupted)
 
 
-def _merged_moves(kept: KeptNumbers, protocol: dict[str, Any], metrics: dict[str, float], num_classes: int) -> Result:
+def _merged_moves(
+    kept: KeptNumbers, protocol: dict[str, Any], metrics: dict[str, float], corrupted: CorruptedSets
+) -> Result:
     return robust_gaze.summary(kept.all(), protocol=protocol)
 
 
@@ -114,17 +109,13 @@ class SharedRun:
         return self._corrupted[evaluator]
 
     def finished(self, piece: Piece) -> bool:
-        """Whether nothing is left to do of a piece."""
-        protocol = self.folder.read_summary().get("protocols", {}).get(piece.evaluator, {})
-        if protocol.get("encoder") != self.subject.hash:
+        """Whether nothing is left to do of a piece: the summary has its numbers, and no other probe's."""
+        if not self._is_in_summary(piece.evaluator):
             return False
-        if piece.corruption:
-            sets, kept = self.corrupted(piece.evaluator)
-            return all(kept.has(condition) for condition in sets.conditions() if condition[0] == piece.corruption)
-        try:
-            return json.loads(self._mark(piece.evaluator).read_bytes()) == self._key(piece.evaluator)
-        except (OSError, ValueError):
-            return False
+        if not piece.corruption:
+            return True
+        sets, kept = self.corrupted(piece.evaluator)
+        return all(kept.has(condition) for condition in sets.conditions() if condition[0] == piece.corruption)
 
     def do(self, pieces: list[Piece]) -> None:
         """Evaluate; a split evaluator trains its probe once for all its corruptions."""
@@ -134,8 +125,6 @@ class SharedRun:
                 names.setdefault(piece.evaluator, []).append(piece.corruption)
                 continue
             probe_run(replace(self.probe, evaluators=piece.evaluator))
-            self._mark(piece.evaluator).parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._mark(piece.evaluator), self._key(piece.evaluator))
         for evaluator, chosen in names.items():
             probe_run(
                 replace(self.probe, evaluators=evaluator, corruptions=replace(self.probe.corruptions, names=chosen))
@@ -143,36 +132,25 @@ class SharedRun:
 
     def merge(self, evaluator: str) -> None:
         """Bring the summary up to what any task has kept; the last of several tasks sees it all."""
-        _, kept = self.corrupted(evaluator)
+        sets, kept = self.corrupted(evaluator)
         split = SPLIT[evaluator]
-        with self._merging():
-            summary = self.folder.read_summary()
-            protocol = dict(summary.get("protocols", {}).get(evaluator, {}))
-            if protocol.get("encoder") != self.subject.hash:
+        with locked(self.folder):
+            if not self._is_in_summary(evaluator):
+                report(f"{self.folder.path}: {evaluator} was measured in another way meanwhile: submit again")
                 return
-            num_classes = len(labelled_pair(self.probe)[0].classes)
-            result = split.merged(kept, protocol, summary["metrics"], num_classes)
-            write_result(self.folder, split.evaluator, result, self.subject)
+            summary = self.folder.read_summary()
+            result = split.merged(kept, dict(summary["protocols"][evaluator]), summary["metrics"], sets)
+            write_locked(self.folder, split.evaluator, result, self.subject, self.probe)
         found = kept.all()
         missing = sum((name, severity) not in found for name in COMMON for severity in SEVERITIES)
         report(f"{self.folder.path}: {evaluator} {'complete' if not missing else f'PARTIAL, {missing} of 75 missing'}")
 
-    @contextmanager
-    def _merging(self) -> Iterator[None]:
-        with open(self.folder.path / "probe" / ".merging", "w") as file:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-            yield
-
-    def _mark(self, evaluator: str) -> Path:
-        return self.folder.path / "probe" / "finished" / f"{evaluator}.json"
-
-    def _key(self, evaluator: str) -> dict[str, str]:
-        options = {name: value for name, value in config_to_dict(self.probe).items() if name not in FREE}
-        if evaluator in OWN:
-            del options["corruptions"]
-        needs = pick(evaluator)[0].needs
-        sets = {need: sha256_of(getattr(self.probe, need) / "manifest.json") for need in needs}
-        return {"encoder": self.subject.hash, "options": key_digest([options, sets])}
+    def _is_in_summary(self, name: str) -> bool:
+        """Whether what the summary says of an evaluator was measured with these options on these data."""
+        (evaluator,) = pick(name)
+        if name not in self.folder.read_summary().get("protocols", {}):
+            return False
+        return read_mark(self.folder, evaluator) == options_key(evaluator, self.subject, self.probe)
 
 
 def pieces_of(config: ProbeArrayConfig) -> list[Piece]:

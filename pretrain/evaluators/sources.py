@@ -1,6 +1,7 @@
 """Where an evaluator's images come from: shards, folders of JPEGs, or arrays, each numbered from 0."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 from engine.errors import InputError
 from pretrain.evaluators.base import Evaluator
+from pretrain.evaluators.classes import unseen_classes
 from pretrain.probe_config import ProbeConfig
 from shards.decode import decode_rgb
 from shards.gaze import check_gaze
@@ -80,32 +82,48 @@ class ShardImages:
 class FolderImages:
     """`root/<class>/*.JPEG`, as one severity of the released ImageNet-C lies on disk.
 
+    Its digest is of names, sizes and times of change: to read every file for it would cost as much as to measure it.
+
     Args:
-        classes: names that the class folders must be among; their order numbers the classes.
+        classes: names of the class folders; their order numbers the classes.
 
     Raises:
-        InputError: no folder, a class that is not among `classes`, a class without images.
+        InputError: no folder, a class that is not among `classes`, a class without folder or without images.
     """
 
     def __init__(self, root: Path, *, classes: tuple[str, ...]) -> None:
         if not root.is_dir():
             raise InputError(f"{root}: no such folder of corrupted images")
         self.root, self.name, self.classes = root, str(root), classes
-        found = sorted(walk_images(root))
-        folders = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-        unknown, empty = sorted(folders - set(classes)), sorted(folders - {name.split("/")[0] for name, _ in found})
-        if unknown or not folders:
-            raise InputError(
-                f"{root}: class folder {unknown[0]!r} is no class of the validation set ({len(unknown)} such)"
-                if unknown
-                else f"{root}: no class folders in it; the released layout is <corruption>/<severity>/<class>/*.JPEG"
-            )
-        if empty:
-            raise InputError(f"{root / empty[0]}: a class without images ({len(empty)} such): copy the set again")
-        self.files = [name for name, _ in found]
+        self.files = [name for name, _ in sorted(walk_images(root))]
+        self._check()
         numbers = {name: number for number, name in enumerate(classes)}
         self.labels = [numbers[name.split("/")[0]] for name in self.files]
-        self.digest = hashlib.sha256("\n".join(f"{name} {size}" for name, size in found).encode()).hexdigest()
+        states = ((name, (root / name).stat()) for name in self.files)
+        listing = "\n".join(f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in states)
+        self.digest = hashlib.sha256(listing.encode()).hexdigest()
+
+    def _check(self) -> None:
+        """Refuse a folder whose mean over its images would not be one over the validation set's classes."""
+        root, classes = self.root, set(self.classes)
+        folders = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+        if not folders:
+            raise InputError(
+                f"{root}: no class folders in it; the released layout is <corruption>/<severity>/<class>/*.JPEG"
+            )
+        unknown, absent = sorted(folders - classes), sorted(classes - folders)
+        if unknown:
+            raise InputError(
+                f"{root}: class folder {unknown[0]!r} is no class of the validation set ({len(unknown)} such)"
+            )
+        if absent:
+            raise InputError(
+                f"{root}: no folder for class {absent[0]!r} ({len(absent)} such): copy the set again, or remove this "
+                "severity for a partial result"
+            )
+        empty = sorted(folders - {name.split("/")[0] for name in self.files})
+        if empty:
+            raise InputError(f"{root / empty[0]}: a class without images ({len(empty)} such): copy the set again")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -146,7 +164,8 @@ class ArrayImages:
     """Rows `start` to `stop` of `<corruption>.npy`, uint8 `(50000, 32, 32, 3)`: one severity of CIFAR-10-C.
 
     Raises:
-        InputError: an array of another type or shape, or labels that are no class numbers.
+        InputError: an array of another type or shape, labels that are no class numbers, or other ones at another
+            severity.
     """
 
     def __init__(self, file: Path, labels: Path, *, severity: int, classes: tuple[str, ...]) -> None:
@@ -159,10 +178,14 @@ class ArrayImages:
         count = len(images) // 5
         if len(answers) not in (count, len(images)) or answers.ndim != 1:
             raise InputError(f"{labels}: {answers.shape} labels do not match the {len(images)} images of {file.name}")
+        if not (answers.reshape(-1, count) == answers[:count]).all():
+            raise InputError(
+                f"{labels}: the labels of the five severities differ, whose images are the same ones: copy it again"
+            )
         if answers.min() < 0 or answers.max() >= len(classes):
             raise InputError(f"{labels}: class {answers.max()} is beyond the validation set's {len(classes)} classes")
         self.start = (severity - 1) * count
-        self.labels = answers[-count:].astype(np.int64)
+        self.labels = answers[:count].astype(np.int64)
         self.images = images  # mapped, not read: workers share the pages
         digest = hashlib.sha256(images[self.start : self.start + count].tobytes())
         digest.update(self.labels.tobytes())
@@ -244,7 +267,7 @@ def labelled_pair(probe: ProbeConfig) -> tuple[ShardImages, ShardImages]:
     """Training and validation images of one data set with classes.
 
     Raises:
-        InputError: no classes, one class only, or classes that differ between the two.
+        InputError: no classes, one class only, a class without training images, or classes that differ between the two.
     """
     train, val = train_images(probe), val_images(probe)
     if train.classes != val.classes:
@@ -253,7 +276,23 @@ def labelled_pair(probe: ProbeConfig) -> tuple[ShardImages, ShardImages]:
         raise InputError(
             f"{probe.train}: {len(train.classes)} classes: this evaluator needs labelled shards of at least two"
         )
+    empty = unseen_classes(train.shards)
+    if empty:
+        raise InputError(
+            f"{probe.train}: no training image of class {empty[0]!r} ({len(empty)} such): pack the set again with "
+            "images of every class, or without the empty ones"
+        )
     return train, val
+
+
+def limit_notes(evaluators: Sequence[Evaluator], probe: ProbeConfig) -> list[str]:
+    """A line where max_train leaves classes without a training image, which is no error: the user asked for it."""
+    train = train_images(probe) if any("train" in evaluator.needs for evaluator in evaluators) else None
+    unseen = unseen_classes(train.shards, train.numbers) if train is not None else []
+    if train is None or not unseen:
+        return []
+    first, count, total = unseen[0], len(unseen), len(train.classes)
+    return [f"{probe.train}: max_train {probe.max_train} leaves {count} of {total} classes without image ('{first}')"]
 
 
 def check_needs(evaluator: Evaluator, probe: ProbeConfig) -> list[str]:

@@ -1,6 +1,7 @@
 """The W&B workspace: built and serialised without a network, and read back by the package itself."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -25,8 +26,14 @@ def test_the_definition_is_what_wandb_reads_back(tmp_path: Path, monkeypatch: py
     losses = json.loads(text)["spec"]["section"]["panelBankConfig"]["sections"][0]["panels"]
     (drawn,) = (panel["config"] for panel in losses if panel["config"]["chartTitle"] == "NT-Xent")
     assert drawn["metrics"] == ["train/nt_xent"] and drawn["xAxis"] == "step"
-    patterns = [p.metric_regex for p in panels["Evaluators during training"] if p.metric_regex]
+    evaluators = panels["Evaluators"]
+    patterns = [panel.metric_regex for panel in evaluators if panel.metric_regex]
     assert "online/retrieval/.*" in patterns
+    assert not any("(?" in pattern for pattern in patterns), "RE2, which W&B uses, cannot look ahead"
+    for metric in ("online/attention/cc", "online/attention/sim", "online/elsewhere/score"):
+        assert any([metric] == panel.y or re.fullmatch(panel.metric_regex or "", metric) for panel in evaluators), (
+            metric
+        )
     assert len(panels["Report"]) == len(TABLES) and all(f'"report/{name}"' in text for name in TABLES)
 
 

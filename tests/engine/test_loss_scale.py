@@ -93,7 +93,7 @@ def _steps_of_stage(accelerator: Accelerator, folder: str) -> dict[str, Any]:
         output = module(torch.ones(2, 8))
         loss = factor * output.float().square().mean()
         backward(loss)
-        counts = guard.finish(backward, loss, step=len(steps), positions=None)
+        counts = guard.finish(backward, loss, step=len(steps), note=None)
         weight = model_state(accelerator, module)["weight"]
         steps.append((output.dtype, bool(counts), scale.value, training.extra["num_skipped"], weight.numpy()))
     return {"start": start.numpy(), "steps": steps, "notes": run.bad_batches_file.read_text()}

@@ -13,6 +13,7 @@ from engine.launch import build_accelerator, configure_deepspeed
 from engine.passes import Backward
 from engine.state import model_state
 from pretrain.config import AttentionConfig, Config, ModelConfig
+from pretrain.cotrain import CoTrainBatch, CoTraining
 from pretrain.data import Batch
 from pretrain.micro_batch import split_batch
 from pretrain.model import Student, input_statistics
@@ -70,8 +71,16 @@ def make_batch(count: int, *, num_views: int = 2, seed: int = 0) -> Batch:
     )
 
 
-def part_of(batch: Batch, rank: int, world_size: int) -> Batch:
-    """The images of one rank."""
+def batch_of(config: Config, count: int) -> Batch | CoTrainBatch:
+    """Noise for an arm: in co-train as many gaze images as images."""
+    images = make_batch(count, num_views=config.num_views)
+    return CoTrainBatch(images, make_batch(count, num_views=1, seed=1)) if config.co_trains else images
+
+
+def part_of(batch: Any, rank: int, world_size: int) -> Any:
+    """The images, and gaze images, of one rank."""
+    if isinstance(batch, CoTrainBatch):
+        return CoTrainBatch(*(part_of(each, rank, world_size) for each in (batch.images, batch.gaze)))
     return split_batch(batch, len(batch.valid) // world_size)[rank]
 
 
@@ -82,17 +91,19 @@ def make_student(config: Config) -> Student:
 
 
 def one_step(
-    config: Config, batch: Batch, accelerator: Accelerator, *, times: int = 1
+    config: Config, batch: Any, accelerator: Accelerator, *, times: int = 1
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Scalars of the last step, and by how much `times` steps of SGD with rate 1 moved each weight and statistic."""
     student = make_student(config)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     statistics = input_statistics(student.backbone)
-    configure_deepspeed(accelerator, student, local_batch=len(batch.valid), clip_norm=config.optim.clip_norm)
+    images = batch.images if isinstance(batch, CoTrainBatch) else batch
+    configure_deepspeed(accelerator, student, local_batch=len(images.valid), clip_norm=config.optim.clip_norm)
     module, optimizer = accelerator.prepare(student, torch.optim.SGD(student.parameters(), lr=1.0))
     objective = Objective(module, config, statistics, accelerator.device)
+    step_function = CoTraining(objective) if config.co_trains else objective
     for step in range(times):
-        scalars = objective(batch, step=step, backward=Backward(accelerator, module))
+        scalars = step_function(batch, step=step, backward=Backward(accelerator, module))
         optimizer.step()
         optimizer.zero_grad()
     after = model_state(accelerator, module)

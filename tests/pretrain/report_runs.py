@@ -13,6 +13,14 @@ from pretrain.evaluators.corruptions import ALL, COMMON, SEVERITIES, summarise
 from shards.gaze import load_targets
 from shards.reader import ShardSet
 
+# What the meter, the diagnostics and the evaluators of a training log beside losses and times, every so many steps.
+WATCHED = {
+    50: ["train/gradient_ratio", "train/alignment", "train/uniformity", "train/embedding_rank"],
+    10: ["train/kld", "train/nss", "train/attention_views", "train/skipped", "lr", "memory/peak_gib"],
+    20: ["time/images_per_s_device", "time/step_s"],
+    200: [f"online/{name}" for name in ("knn/top1", "linear_probe/top1", "attention/nss", "attention/cc")],
+    250: ["online/retrieval/map", "online/attention/sim", "online/elsewhere/score", "online/robust_gaze/fog/3/kld"],
+}
 ENVIRONMENT = {"commit": "0123456789ab", "device": "a processor", "num_devices": 1, "torch": "2.6", "timm": "1.0"}
 
 
@@ -59,6 +67,7 @@ def write_student(
     corruptions: tuple[str, ...] = COMMON,
     gaze: Path | None = None,
     imagenet: bool = True,
+    watched: bool = False,
     **config: Any,
 ) -> Path:
     """A finished, probed student; numbers follow from `top1` and `seed`.
@@ -67,6 +76,7 @@ def write_student(
         corruptions: those that imagenet_c has measured.
         gaze: shards with human gaze; with them there are maps and NSS by image.
         imagenet: whether the sets that it was measured on have ImageNet's sizes.
+        watched: whether it logged all that a training logs, or losses and speed alone.
         config: changes of its config, by top-level key.
     """
     folder = runs / name
@@ -86,6 +96,7 @@ def write_student(
         {
             "step": step, "train/loss": 9 / step, "train/nt_xent": 8 / step, "train/attention": 1 / step,
             "time/images_per_s": 100.0 + step, "time/data_wait": 0.01,
+            **{key: step / 7 for every, keys in WATCHED.items() if watched and step % every == 0 for key in keys},
         }
         for step in range(1, 1001)
     ]  # fmt: skip
@@ -124,7 +135,7 @@ def write_teacher(runs: Path, name: str, gaze: Path) -> Path:
 
 
 def _scores(top1: float) -> dict[str, float]:
-    alignment = {"nss": top1 / 50, "kld": 1.25, "cc": 0.4, "feature_norm/nss": 0.5, "grad_cam/nss": 0.25}
+    alignment = {"nss": top1 / 50, "kld": 1.25, "cc": 0.4, "emd": 0.125, "feature_norm/nss": 0.5, "grad_cam/nss": 0.25}
     moved = {f"{c}/{s}/kld": 0.01 * s for c in COMMON for s in SEVERITIES}
     return {
         "linear_probe/top1": top1,

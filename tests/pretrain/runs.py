@@ -31,7 +31,8 @@ def pretrain(config: Path, *arguments: object, code: int = 0, **options: Any) ->
 
 def losses(run: Path, key: str = "train/loss") -> np.ndarray:
     """The curve, one value a step."""
-    values = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    values = [line for line in lines if key in line]  # an evaluation's line has none
     assert [value["step"] for value in values] == list(range(1, len(values) + 1))
     return np.array([value[key] for value in values])
 

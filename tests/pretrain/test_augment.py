@@ -15,13 +15,17 @@ from pretrain.views import BLUR, BRIGHTNESS, CONTRAST, GREY, HUE, NUM_COLOURS, O
 LIMIT = 2 / 255
 
 
-@pytest.fixture(name="images")
-def images_fixture() -> Tensor:
+def smooth_images(size: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    small = torch.rand(6, 3, 8, 8, generator=generator)
-    smooth = torch.nn.functional.interpolate(small, size=(40, 40), mode="bicubic").clamp(0, 1)
+    small = torch.rand(6, 3, size // 5, size // 5, generator=generator)
+    smooth = torch.nn.functional.interpolate(small, size=(size, size), mode="bicubic").clamp(0, 1)
     smooth[0] = smooth[0, :1]  # a grey image: hue and saturation have nothing to turn
     return smooth
+
+
+@pytest.fixture(name="images")
+def images_fixture() -> Tensor:
+    return smooth_images(40)
 
 
 @pytest.mark.parametrize(
@@ -42,12 +46,24 @@ def test_each_jitter_operation_is_torchvisions(
         assert (result - expected).abs().mean() < LIMIT / 20  # the same formula, in another order of roundings
 
 
-def test_blur_and_grey_and_solarize_are_torchvisions(images: Tensor) -> None:
-    sigma = torch.tensor([0.1, 0.4, 0.8, 1.2, 1.6, 2.0])
-    found = ours.gaussian_blur(images, sigma)
-    for one, s, result in zip(images, sigma.tolist(), found, strict=True):
-        expected = reference.gaussian_blur(one, kernel_size=[5, 5], sigma=[s, s])
+SIGMAS = [0.1, 0.4, 0.8, 1.2, 1.6, 2.0]
+KERNELS = {40: 5, 96: 9, 224: 23}  # by size of the view: a tenth, and odd, as SimCLR's
+
+
+@pytest.mark.parametrize(("size", "kernel"), KERNELS.items())
+def test_blur_is_torchvisions(size: int, kernel: int) -> None:
+    images = smooth_images(size)
+    pixels = (images * 255).round().to(torch.uint8)
+    found = ours.gaussian_blur(images, torch.tensor(SIGMAS))
+    for one, eight_bits, s, result in zip(images, pixels, SIGMAS, found, strict=True):
+        expected = reference.gaussian_blur(one, kernel_size=[kernel, kernel], sigma=[s, s])
         assert (result - expected).abs().max() < 1e-4
+        fast = on_cpu.gaussian_blur(np.ascontiguousarray(eight_bits.permute(1, 2, 0).numpy()), s)
+        assert np.abs(fast - 255 * expected.permute(1, 2, 0).numpy()).mean() < 1
+
+
+def test_grey_and_solarize_are_torchvisions(images: Tensor) -> None:
+    sigma = torch.tensor(SIGMAS)
     assert (ours.grey(images) - reference.rgb_to_grayscale(images)).abs().max() < 1e-5
     assert torch.equal(ours.solarize(images, sigma), reference.solarize(images, 0.5))
 
@@ -94,7 +110,6 @@ def test_a_view_does_not_depend_on_its_neighbours(images: Tensor) -> None:
         (on_cpu.adjust_contrast, reference.adjust_contrast, [0.2, 0.7, 1.0, 1.3, 1.8, 0.0]),
         (on_cpu.adjust_saturation, reference.adjust_saturation, [0.2, 0.7, 1.0, 1.3, 1.8, 0.0]),
         (on_cpu.adjust_hue, reference.adjust_hue, [-0.5, -0.2, 0.0, 0.1, 0.2, 0.5]),
-        (on_cpu.gaussian_blur, lambda x, s: reference.gaussian_blur(x, [5, 5], [s, s]), [0.1, 0.4, 0.8, 1.2, 1.6, 2.0]),
     ],
 )
 def test_each_operation_on_the_cpu_is_torchvisions(
@@ -105,6 +120,28 @@ def test_each_operation_on_the_cpu_is_torchvisions(
         found = operation(np.ascontiguousarray(one.permute(1, 2, 0).numpy()), value)
         expected = theirs(one.float() / 255, value).permute(1, 2, 0) * 255
         assert np.abs(found - expected.numpy()).mean() < 1  # of 255: rounding to 8 bits, hue in 256 steps
+
+
+@pytest.mark.parametrize(
+    ("column", "theirs"),
+    [
+        (GREY, lambda image: reference.rgb_to_grayscale(image, num_output_channels=3)),
+        (SOLARIZE, lambda image: reference.solarize(image, 128)),
+    ],
+    ids=["grey", "solarize"],
+)
+def test_grey_and_solarize_on_the_cpu_are_torchvisions(column: int, theirs: Callable[[Tensor], Tensor]) -> None:
+    """Of all 256 levels of every channel."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    image = torch.stack([levels.roll(turn) for turn in (0, 85, 170)]).reshape(3, 16, 16)
+    colours = np.zeros(NUM_COLOURS, dtype=np.float32)
+    colours[ORDER] = -1
+    before = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    assert np.array_equal(on_cpu.recolour(before, colours), before)
+    colours[column] = 1
+    expected = theirs(image).permute(1, 2, 0).numpy()
+    difference = np.abs(on_cpu.recolour(before, colours).astype(int) - expected)
+    assert difference.max() <= (column == GREY)  # one level of rounding; inverting is exact
 
 
 def test_both_doors_give_the_same_views(images: Tensor) -> None:

@@ -17,12 +17,17 @@ from attention.maps import fixation_density, warp
 from engine.errors import InputError, Requeue
 from engine.passes import Backward
 from engine.program import parse_config
+from engine.runs import RunFolder
 from pretrain.config import Config
 from pretrain.contrast import nt_xent
-from pretrain.cotrain import MAP_SIZE, CoTrainBatch, CoTraining, GazeShards, open_gaze, with_gaze
+from pretrain.cotrain import MAP_SIZE, CoTrainBatch, CoTraining, GazeShards, gaze_seed, open_gaze, with_gaze
+from pretrain.data import Batch, ViewDataset
 from pretrain.model import Student, input_statistics
 from pretrain.objective import MAIN_GRADIENT, Objective, attention_objective
+from pretrain.replay_config import ReplayConfig
+from pretrain.replayed import replay
 from pretrain.trainer import _batches, make_plan, open_data, train
+from shards.order import SampleOrder
 from tests.conftest import TinySample
 from tests.pretrain.test_resume import same_end
 
@@ -119,7 +124,11 @@ def test_the_gradient_is_that_of_the_sum(read_config: Callable[..., Config], mic
     overrides = {"model__backbone": "test_vit", "model__head_norm": "none", "optim__micro_batch": micro_batch}
     config = read_config(attention__weight=3.0, attention__min_mass=0.0, **overrides)
     step, student, batch = prepared(config)
+    rows: list[int] = []
+    student.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     scalars = step(batch, step=0, backward=Backward(Accelerator(), student))
+    # two views of 12 images, in parts once without a graph and once with one, and then one view of 6 gaze images
+    assert rows == ([8] * 6 + [4, 2] if micro_batch else [24, 6])
     ours = {name: weight.grad.clone() for name, weight in student.named_parameters() if weight.grad is not None}
     student.zero_grad()
     first, second = student(step.objective.prepare(batch.images)).embeddings.chunk(2)
@@ -129,6 +138,7 @@ def test_the_gradient_is_that_of_the_sum(read_config: Callable[..., Config], mic
     target = warp(gaze.densities(), gaze.boxes[0], gaze.flips[0], (logits.shape[1], logits.shape[2]))
     attention = attention_loss(logits, target, kld_weight=1.0, nss_weight=0.1)
     assert scalars["attention_views"].item() == 1.0
+    torch.testing.assert_close(scalars["attention"], attention.detach())
     (contrast + 3.0 * attention).backward()
     torch.testing.assert_close(scalars["loss"].detach(), (contrast + 3.0 * attention).detach())
     for name, weight in student.named_parameters():
@@ -191,6 +201,60 @@ def test_a_run_learns_both_and_resumes_bit_equal(read_config: Callable[..., Conf
     for name in ("train/attention", "train/nt_xent"):
         assert np.mean([line[name] for line in lines[-16:]]) < np.mean([line[name] for line in lines[:8]])
     assert load_file(tmp_path / "runs" / "whole" / "encoder" / "heads.safetensors")
+
+
+def test_a_fault_in_the_gaze_pass_is_noted_and_replayed(
+    read_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A gaze image of step 2 gives NaN wherever it is read: replay finds it, by the noted line or by the order."""
+    without_norms = {"model__backbone": "test_vit", "model__head_norm": "none"}
+    config = read_config(max_steps=3, loop__max_skipped=1, loop__checkpoint_every=1, **without_norms)
+    gaze = open_gaze(config, world_size=1)
+    epoch, shard, row = SampleOrder(gaze.shard_sizes, seed=gaze_seed(config)).slice(GAZE, 2 * GAZE)[4].tolist()
+    read, prepare = ViewDataset.__getitems__, Objective.prepare
+
+    def marked(self: ViewDataset, positions: list[Any]) -> Batch:
+        batch = read(self, positions)
+        if self.num_views == 1 and (epoch, shard, row) in positions:
+            batch.labels[positions.index((epoch, shard, row))] = -7
+        return batch
+
+    def spoiled(self: Objective, batch: Batch) -> torch.Tensor:
+        views = prepare(self, batch).unflatten(0, (len(batch.images), -1))
+        return views.masked_fill((batch.labels == -7)[:, None, None, None], torch.nan).flatten(0, 1)
+
+    monkeypatch.setattr(ViewDataset, "__getitems__", marked)
+    monkeypatch.setattr(Objective, "prepare", spoiled)
+    with pytest.raises(FloatingPointError, match=r"pretrain/replay\.py"):
+        train(config)
+    run = RunFolder(tmp_path / "runs" / "student")
+    noted = run.bad_batches_file.read_text()
+    line = json.loads(noted)
+    key = gaze.key(shard, row)
+    assert line["step"] == 2 and line["gaze_positions"][4] == [epoch, shard, row] and line["gaze_keys"][4] == key
+    assert [len(line[name]) for name in ("positions", "keys", "gaze_positions", "gaze_keys")] == [12, 12, 6, 6]
+
+    def replayed() -> str:
+        capsys.readouterr()
+        replay(ReplayConfig(run.path, step=2, micro_batch=0))
+        return str(capsys.readouterr().out)
+
+    run.bad_batches_file.unlink()
+    for text in ("", noted):
+        run.bad_batches_file.write_text(text)
+        output = replayed()
+        assert "12 samples and 6 gaze samples, weights of step 1" in output
+        assert output.count("not finite: ") == 1 and f"not finite: gaze sample {key} (shard {shard}" in output
+        assert "attention: nan  <- not finite" in output and "nt_xent: nan" not in output
+        assert ("not in" in output) == (not text)
+    for name in ("gaze_positions", "gaze_keys"):
+        del line[name][4]
+    run.bad_batches_file.write_text(json.dumps(line))
+    assert "not finite" not in replayed()  # the line is what it reads
+    line["keys"][3] = "elsewhere"
+    run.bad_batches_file.write_text(json.dumps(line))
+    with pytest.raises(InputError, match=r"step 2 had sample 'elsewhere' at row .*train now has .*put back"):
+        replayed()
 
 
 @pytest.mark.parametrize(

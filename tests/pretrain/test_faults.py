@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from engine.checkpoint import list_checkpoints, load_checkpoint
+from shards.reader import ShardSet
 from tests.conftest import TinySample
-from tests.faults import At, BadLoss, Vanish
+from tests.faults import At, BadGradient, BadLoss, Several, Vanish
 from tests.forked import launch
 from tests.pretrain.runs import pretrain, same_end, same_tree, start
 from tests.tools import REPOSITORY, run_python
@@ -103,13 +104,39 @@ def test_the_others_stop_and_name_the_rank(
     assert jsonl(run / "attempts.jsonl")[-1]["failed"] is True
 
 
+def online_options(sample: TinySample, **changes: Any) -> dict[str, Any]:
+    """kNN after every second step."""
+    online = {"evaluators": "knn", "every_steps": 2, "options": {"knn.k": 5}, "val": str(sample.val)} | changes
+    return {f"online__{name}": value for name, value in online.items()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_or_signalled_during_an_online_evaluation(
+    student_config: Callable[..., Path], tiny_sample: TinySample, tmp_path: Path, ranks: int
+) -> None:
+    """In kNN's votes after step 4: rank 0 is killed and casts them again; the last rank is signalled and ends them."""
+    config = student_config(max_steps=6, loop__checkpoint_every=1, **online_options(tiny_sample))
+    pretrain(config, "--run", "whole", world_size=ranks)
+    score = "pretrain.evaluators.knn.knn_scores"
+    killed = start(config, "--run", "killed", world_size=ranks, before=At(score, 2))
+    assert killed.wait() == [-signal.SIGKILL] + [1] * (ranks - 1)
+    before = At(score, 2, signal.SIGUSR1)
+    pretrain(config, "--run", "signalled", code=75, world_size=ranks, before=before, only_rank=ranks - 1)
+    whole, *others = (tmp_path / "runs" / name for name in ("whole", "killed", "signalled"))
+    votes = [[line for line in jsonl(run / "metrics.jsonl") if "online/knn/top1" in line] for run in (whole, *others)]
+    assert [[line["step"] for line in each] for each in votes] == [[2, 4, 6], [2], [2, 4]]
+    for run in others:
+        assert "resumed" in pretrain(config, "--run", run.name, world_size=ranks)
+        same_end(whole, run)
+        assert [line for line in jsonl(run / "metrics.jsonl") if "online/knn/top1" in line] == votes[0]
+
+
 def test_a_rank_that_hangs_inside_an_evaluation_is_named(
     student_config: Callable[..., Path], tiny_sample: TinySample, tmp_path: Path
 ) -> None:
     """Rank 1 hangs in kNN's votes; rank 0 waits for it in the next evaluator's first exchange, no longer than said."""
-    online: dict[str, Any] = {"evaluators": "knn,alignment", "every_steps": 2, "options": {"knn.k": 5}}
-    online |= {"val": str(tiny_sample.val), "gaze": str(tiny_sample.gaze)}
-    config = student_config(loop__rank_timeout=4, **{f"online__{name}": value for name, value in online.items()})
+    online = online_options(tiny_sample, evaluators="knn,alignment", gaze=str(tiny_sample.gaze))
+    config = student_config(loop__rank_timeout=4, **online)
     before = At("pretrain.evaluators.knn.knn_scores", 1, "hang")
     started = start(config, world_size=2, before=before, only_rank=1)
     started.processes[0].join(timeout=240)
@@ -120,23 +147,34 @@ def test_a_rank_that_hangs_inside_an_evaluation_is_named(
     assert words in json.loads((tmp_path / "runs" / "student" / "exit.json").read_text())["reason"]
 
 
-@pytest.mark.parametrize(("ranks", "zero", "fused"), [(1, 0, True), (1, 0, False), (2, 0, False), (2, 2, False)])
-def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(
-    student_config: Callable[..., Path], tmp_path: Path, ranks: int, zero: int, fused: bool
+@pytest.mark.parametrize(
+    ("ranks", "zero", "fused"),
+    [(1, 0, True), (1, 0, False), (2, 0, False), (2, 1, False), (2, 2, False), (2, 3, False)],
+)
+def test_a_loss_or_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
+    student_config: Callable[..., Path], tiny_sample: TinySample, tmp_path: Path, ranks: int, zero: int, fused: bool
 ) -> None:
-    """Weights and optimiser after a skipped step are those before it; its samples are noted, and it is counted."""
+    """Weights and optimiser after skipped steps are those before them; their samples are noted, and they are counted.
+
+    The loss of step 3 is infinite, its gradient is not; the gradient of step 4 is NaN, its loss is not.
+    """
     # without batch norm, whose statistics follow every forward
-    config = student_config(max_steps=3, model__backbone="test_vit", model__head_norm="none", optim__fused=fused)
-    pretrain(config, "--loop.stop_after", 2, code=75, world_size=ranks, zero=zero)
-    output = pretrain(config, world_size=ranks, zero=zero, before=BadLoss((1,)), only_rank=ranks - 1)
+    changes = {"model__backbone": "test_vit", "model__head_norm": "none", "optim__fused": fused}
+    config = student_config(max_steps=4, loop__checkpoint_every=2, **changes)
+    faults = Several((BadLoss((3,)), BadGradient((4,))))
+    output = pretrain(config, world_size=ranks, zero=zero, before=faults, only_rank=ranks - 1)
     assert f"step 3 skipped: the loss of rank {ranks - 1} is not finite" in output
+    assert "step 4 skipped: the gradient is not finite" in output
     run = tmp_path / "runs" / "student"
     (_, one, _), (_, other, state) = (load_checkpoint(path) for path in list_checkpoints(run / "checkpoints"))
     assert same_tree(one["model"], other["model"]) and same_tree(one["optimizer"], other["optimizer"])
-    assert state["extra"]["num_skipped"] == 1
-    (line,) = jsonl(run / "bad_batches.jsonl")
-    assert line["step"] == 3 and line["ranks"] == [ranks - 1] and len(line["positions"]) == 12
-    assert [entry["train/skipped"] for entry in jsonl(run / "metrics.jsonl")] == [0, 0, 1]
+    assert state["extra"]["num_skipped"] == 2
+    lines, shards = jsonl(run / "bad_batches.jsonl"), ShardSet(tiny_sample.train)
+    assert [(line["step"], line["ranks"]) for line in lines] == [(3, [ranks - 1]), (4, [])]
+    for line in lines:
+        assert len(line["positions"]) == 12
+        assert line["keys"] == [shards.key(shard, row) for _, shard, row in line["positions"]]
+    assert [entry["train/skipped"] for entry in jsonl(run / "metrics.jsonl")] == [0, 0, 1, 2]
 
 
 def test_too_many_skipped_steps_stop_and_can_be_looked_at(student_config: Callable[..., Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pretrain.micro_batch import RandomState, split_batch
 from pretrain.model import StudentOutput, input_statistics
 from pretrain.objective import Objective
 from pretrain.trainer import train
-from tests.pretrain.launched import join, make_batch, make_config, make_student, one_step, part_of
+from tests.pretrain.launched import batch_of, join, make_batch, make_config, make_student, one_step, part_of
 from tests.tools import run_distributed
 
 IMAGES = 12
@@ -58,6 +58,9 @@ def rank_steps(rank: int, world_size: int) -> dict[str, Any]:
         for size in (0, 2, 4):
             results[f"{launcher}/{size}"] = one_step(in_parts(config, size), part, join(rank, world_size, zero=zero))
         looking = replace(in_parts(config, 2), diagnostics_every=1)
+        co_training = in_parts(make_config(arm="co-train"), 4)
+        both = part_of(batch_of(co_training, IMAGES), rank, world_size)
+        results[f"{launcher}/co-train"] = one_step(co_training, both, join(rank, world_size, zero=zero))
         results[f"{launcher}/looking"] = one_step(looking, part, join(rank, world_size, zero=zero))
     clipped = in_parts(config, 2, clip_norm=0.5)
     results["zero2/clipped"] = one_step(clipped, part, join(rank, world_size, zero=2))
@@ -106,6 +109,18 @@ def test_two_ranks_in_parts_make_the_step_of_one_process(
         assert_same_step(rank[f"{launcher}/{size}"][1], gradient)
     for name, value in scalars.items():
         assert np.mean([rank[f"{launcher}/{size}"][0][name] for rank in two_ranks]) == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("launcher", list(LAUNCHERS))
+def test_co_training_in_parts_on_two_ranks_makes_the_step_of_one_process(
+    two_ranks: list[dict[str, Any]], launcher: str
+) -> None:
+    config = make_config(arm="co-train")
+    scalars, gradient = one_step(config, batch_of(config, IMAGES), Accelerator(cpu=True))
+    for rank in two_ranks:
+        assert_same_step(rank[f"{launcher}/co-train"][1], gradient)
+    for name, value in scalars.items():
+        assert np.mean([rank[f"{launcher}/co-train"][0][name] for rank in two_ranks]) == pytest.approx(value, rel=1e-5)
 
 
 @pytest.mark.parametrize("launcher", list(LAUNCHERS))

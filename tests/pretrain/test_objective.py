@@ -10,41 +10,47 @@ from torch import Tensor
 
 from attention.losses import weighted_loss
 from attention.maps import crop_mass, warp
+from engine.settings import OptimConfig
 from pretrain.config import AttentionConfig
 from pretrain.contrast import nt_xent
 from pretrain.model import input_statistics
 from pretrain.objective import Objective, attention_objective
-from tests.pretrain.launched import join, make_batch, make_config, make_student, one_step, part_of
+from tests.pretrain.launched import batch_of, join, make_batch, make_config, make_student, one_step, part_of
 from tests.tools import run_distributed
 
 ARMS = ("contrastive+attention", "supervised+attention")
+STEPS: list[tuple[Any, int]] = [*((arm, 0) for arm in ARMS), ("co-train", 0), ("co-train", 2)]  # arm, micro_batch
 IMAGES = 12
 
 
-def rank_step(rank: int, world_size: int) -> dict[str, Any]:
+def rank_step(rank: int, world_size: int) -> dict[tuple[Any, int], Any]:
     results = {}
-    for arm in ARMS:
-        config = make_config(arm=arm)
-        part = part_of(make_batch(IMAGES, num_views=config.num_views), rank, world_size)
+    for arm, size in STEPS:
+        config = make_config(arm=arm, optim=OptimConfig(micro_batch=size))
+        part = part_of(batch_of(config, IMAGES), rank, world_size)
         scalars, moved = one_step(config, part, join(rank, world_size, zero=0))
-        results[arm] = scalars, {name: value.numpy() for name, value in moved.items()}
+        results[arm, size] = scalars, {name: value.numpy() for name, value in moved.items()}
     return results
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [3, 4])
 def test_ranks_together_make_the_step_of_one_process(world_size: int) -> None:
-    """Contrast (or cross entropy) and attention on two stages, crops left out and unreadable images included."""
+    """Contrast (or cross entropy) and attention on two stages, crops left out and unreadable images included.
+
+    In arm co-train the attention is of other images, and both batches also come in parts. Two ranks make theirs in
+    test_micro_batch.py, under every launcher.
+    """
     results = run_distributed(rank_step, world_size, timeout=300)
-    for arm in ARMS:
-        config = make_config(arm=arm)
-        scalars, moved = one_step(config, make_batch(IMAGES, num_views=config.num_views), Accelerator(cpu=True))
+    for case in STEPS:
+        config = make_config(arm=case[0])
+        scalars, moved = one_step(config, batch_of(config, IMAGES), Accelerator(cpu=True))
         assert 0.1 < scalars["attention_views"] < 0.8
         for name, value in scalars.items():
-            assert sum(rank[arm][0][name] for rank in results) / world_size == pytest.approx(value, rel=1e-5)
+            assert sum(rank[case][0][name] for rank in results) / world_size == pytest.approx(value, rel=1e-5)
         for rank in results:
             for name, gradient in moved.items():
-                difference = (torch.from_numpy(rank[arm][1][name]) - gradient).norm()
-                assert difference <= 1e-5 * gradient.norm() + 1e-7, (arm, name)
+                difference = (torch.from_numpy(rank[case][1][name]) - gradient).norm()
+                assert difference <= 1e-5 * gradient.norm() + 1e-7, (case, name)
 
 
 def logits_of(count: int) -> list[Tensor]:

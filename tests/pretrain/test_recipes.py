@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.chain import read_chain
 from engine.optim import build_schedule
 from engine.program import config_to_dict, parse_config
 from engine.runs import flatten
 from pretrain.config import Config
-from pretrain.trainer import train
+from pretrain.evaluators.online import online_probe
+from pretrain.trainer import check, train
 from shards.controls import write_control
 from shards.reader import ShardSet
 from tests.conftest import TinySample
@@ -60,18 +62,48 @@ def test_the_cifar_recipe_holds_the_official_values() -> None:
 def test_the_arms_differ_in_what_they_are_about_and_in_nothing_else() -> None:
     """A control must be a control: each recipe of a family equals the one with a teacher but for these values."""
     differs = {
-        "contrastive": {"arm", "data.labels", "attention.weight"},
+        "contrastive": {"arm", "data.labels", "attention.weight", "online.evaluators", "online.gaze"},
         "shuffled": {"data.control"},
         "centre_bias": {"data.control"},
         "co_train": {"arm", "data.labels", "data.gaze", "data.gaze_batch_size"},
         "kld": {"attention.nss"},
         "nss": {"attention.nss", "attention.kld"},
     }
-    for family, base in (("imagenet", "imagenet_attention"), ("demo", "demo")):
-        for name, allowed in differs.items():
-            found = {key for key, pair in compare(read(base), read(f"{family}_{name}")).items() if pair[0] != pair[1]}
-            assert found - {"run"} <= allowed and found & allowed, f"{family}_{name}: {found}"
-    assert compare(read("imagenet_supervised"), read("imagenet_supervised_attention")).keys() > {"arm"}
+    pairs = [("imagenet_attention", f"imagenet_{name}", allowed) for name, allowed in differs.items()]
+    pairs += [("demo", f"demo_{name}", allowed) for name, allowed in differs.items()]
+    supervised = differs["contrastive"]
+    pairs += [(f"{family}_supervised_attention", f"{family}_supervised", supervised) for family in ("imagenet", "demo")]
+    for base, other, allowed in pairs:
+        found = {key for key, pair in compare(read(base), read(other)).items() if pair[0] != pair[1]}
+        assert found - {"run"} <= allowed and found & allowed, f"{other}: {found}"
+        assert ("arm" in found) == ("arm" in allowed), f"{other}: {found}"
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if not name.startswith("demo")])
+def test_recipes_watch_the_encoder_on_held_out_sets(name: str) -> None:
+    """Nearest neighbours and linear probe in each; alignment where the arm learns from people, on gaze held out."""
+    config = read(name)
+    online = config.online
+    assert {"knn", "linear_probe"} <= set(online.evaluators.split(","))
+    assert ("alignment" in online.evaluators) == config.has_heads == (online.gaze is not None)
+    probe = online_probe(config)  # refuses an option that a probe does not have
+    assert probe.train == config.data.shards and online.val == probe.val and probe.keep_cache is False
+    assert probe.val.parent == probe.train.parent and probe.val.name in ("val", "test") and probe.train.name == "train"
+    assert online.gaze is None or (online.gaze.name == "val" and online.gaze != config.data.gaze)
+    assert config.epochs / online.every_epochs >= 5
+    sampled = [online.max_train, online.max_val, online.max_gaze]
+    assert all(0 < number <= 50_000 for number in sampled)
+
+
+def test_the_first_run_gives_every_path_of_its_recipe() -> None:
+    """A chain with its data elsewhere reads none from where the recipe has them."""
+    steps = read_chain(REPOSITORY / "configs" / "chain" / "first_run.yaml")
+    students = [step.command({"data": "D", "runs": "R"}) for step in steps if step.program == "pretrain/main.py"]
+    assert len(students) == 2
+    for command in students:
+        config, _ = parse_config(Config, argv=[text for text in command if text.startswith("--") and "=" in text])
+        paths = [config.data.shards, config.data.labels, config.online.val, config.online.gaze]
+        assert all(str(path).startswith("D/") for path in paths), paths
 
 
 def compare(one: Config, other: Config) -> dict[str, tuple[object, object]]:
@@ -95,6 +127,7 @@ def arguments(name: str, sample: TinySample, runs: Path, *, zero: bool) -> list[
         "model.backbone_options": slim,
         "model.projector_hidden": 32,
         "attention.channels": 16,
+        "online.evaluators": "",  # their sets are not here; test_plug runs evaluators during training
         "loop.num_workers": 0,
         "loop.tracker": "none",
         "loop.log_every": 1,
@@ -125,6 +158,22 @@ def losses(run: Path) -> np.ndarray:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return np.array([line["train/loss"] for line in lines])
+
+
+@pytest.mark.parametrize(
+    ("precision", "left_out"), [("no", "sync_batch_norm"), ("fp16", "sync_batch_norm and precision fp16")]
+)
+def test_a_login_node_without_a_gpu_checks_a_recipe_that_needs_one(
+    controlled: TinySample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, left_out: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    argv = arguments("imagenet_attention", controlled, tmp_path / "runs", zero=False)
+    place = argv.index("--sync_batch_norm")
+    config = parse_config(Config, argv=[*argv[:place], *argv[place + 2 :], "--precision", precision])[0]
+    assert config.sync_batch_norm and config.precision == precision
+    lines = check(config)
+    assert lines[-1] == f"no GPU here: {left_out} left out of this check; training stops without one"
+    assert len(lines) == 7 and "resnet50" in lines[3] and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("launcher", ["cpu2_ddp", "cpu2_zero2"])

@@ -22,8 +22,8 @@ VIT = {
 
 @pytest.mark.parametrize(
     ("ranks", "zero", "workers", "model"),
-    [(1, 0, 0, {}), (1, 0, 2, VIT), (2, 0, 1, VIT), (2, 2, 0, VIT)],
-    ids=["one", "workers", "ddp", "zero2"],
+    [(1, 0, 0, {}), (1, 0, 2, VIT), (2, 0, 1, VIT), (2, 1, 0, VIT), (2, 2, 0, VIT), (2, 3, 0, VIT)],
+    ids=["one", "workers", "ddp", "zero1", "zero2", "zero3"],
 )
 def test_stopped_in_the_middle_of_an_epoch_ends_bit_equal(
     student_config: Callable[..., Path], tmp_path: Path, ranks: int, zero: int, workers: int, model: dict[str, object]

@@ -11,14 +11,16 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import ColorJitter
 
 from engine.loading import make_loader
 from pretrain.config import ViewsConfig
 from pretrain.data import ViewDataset, find_label_set
 from pretrain.philox import philox
 from pretrain.reuse import ArrayPool
-from pretrain.views import BLUR, GREY, ORDER, ViewCutter, Views, draw_views
+from pretrain.views import BLUR, GREY, ORDER, ORDERS, SOLARIZE, ViewCutter, Views, draw_views
 from shards.decode import decode_rgb, image_header
+from shards.faults import RemoteFault
 from shards.reader import ShardSet, Stored
 from tests.conftest import TinySample
 
@@ -29,11 +31,17 @@ def jpeg(image: np.ndarray, *, quality: int = 98, subsampling: int = 0) -> bytes
     return buffer.getvalue()
 
 
-def draw(samples: Sequence[int], *, epoch: int = 0, seed: int = 0, size: tuple[int, int] = (300, 400)) -> Views:
+def draw(
+    samples: Sequence[int],
+    *,
+    epoch: int = 0,
+    seed: int = 0,
+    size: tuple[int, int] = (300, 400),
+    config: ViewsConfig | None = None,
+) -> Views:
     count = len(samples)
-    return draw_views(
-        ViewsConfig(), seed=seed, epochs=[epoch] * count, samples=samples, sizes=[size] * count, num_views=2
-    )
+    config = config or ViewsConfig()
+    return draw_views(config, seed=seed, epochs=[epoch] * count, samples=samples, sizes=[size] * count, num_views=2)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +119,35 @@ def test_rates_of_flip_jitter_grey_and_blur_are_simclrs() -> None:
     sigmas = colours[:, BLUR][colours[:, BLUR] > 0]
     assert sigmas.min() >= 0.1 and sigmas.max() <= 2.0 and abs(sigmas.mean() - 1.05) < 0.06
     assert len(np.unique(colours[:, ORDER])) == 25  # 24 orders and none
+
+
+@pytest.mark.parametrize("jitter", [0.5, 1.0, 2.0])
+def test_colours_are_distributed_as_torchvisions(jitter: float) -> None:
+    """Range, mean, quantiles and order of the jitter's parameters, against ColorJitter's own draws."""
+    colours = draw(range(4000), config=ViewsConfig(jitter=jitter)).colours[1]
+    theirs = ColorJitter(*[0.8 * jitter] * 3, hue=0.2 * jitter)
+    torch.manual_seed(0)
+    params = [theirs.make_params([]) for _ in range(4000)]
+    for column, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+        low, high = getattr(theirs, name)
+        found, expected = colours[:, column], np.array([one[f"{name}_factor"] for one in params])
+        width = high - low
+        assert low <= found.min() < low + 0.005 * width and high - 0.005 * width < found.max() <= high
+        error = np.hypot(found.std(), expected.std()) / np.sqrt(4000)
+        assert abs(found.mean() - expected.mean()) < 4 * error
+        shares = np.linspace(0.05, 0.95, 19)
+        assert np.abs(np.quantile(found, shares) - np.quantile(expected, shares)).max() < 0.04 * width
+    ours = ORDERS[colours[colours[:, ORDER] >= 0][:, ORDER].astype(int)]
+    orders = torch.stack([one["fn_idx"] for one in params]).numpy()
+    for place in range(4):
+        rates = [np.bincount(found[:, place], minlength=4) / len(found) for found in (ours, orders)]
+        assert np.abs(rates[0] - rates[1]).max() < 4 * np.sqrt(0.25 * 0.75 * (1 / len(ours) + 1 / len(orders)))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2, 1.0])
+def test_views_are_solarised_as_often_as_said(rate: float) -> None:
+    found = draw(range(4000), config=ViewsConfig(solarize=rate)).colours[..., SOLARIZE]
+    assert abs(found.mean() - rate) <= 4 * np.sqrt(rate * (1 - rate) / found.size)
 
 
 def test_what_is_drawn_for_views_and_properties_is_independent() -> None:
@@ -208,10 +245,11 @@ def test_a_sample_is_the_same_whatever_batch_it_comes_in(tiny_sample: TinySample
             assert torch.equal(getattr(alone, field)[:, 0], getattr(batch, field)[:, number]), field
             assert torch.equal(getattr(batch, field)[:, number], getattr(batch, field)[:, number + 8]), field
         assert batch.labels[number] == sample.label and batch.valid[number]
+        assert batch.sizes is not None and batch.sizes[number].tolist() == [64, 64]
         np.testing.assert_allclose(batch.densities()[number], sample.map, rtol=1e-6)
         pixels = decode_rgb(sample.image)
         for view in range(2):
-            top, left, tall, wide = (batch.boxes[view, number].double() * 64).round().int().tolist()
+            top, left, tall, wide = (batch.boxes[view, number] * batch.sizes[number].repeat(2)).round().int().tolist()
             crop = cv2.resize(pixels[top : top + tall, left : left + wide], (32, 32), interpolation=cv2.INTER_AREA)
             seen = batch.images[view, number].numpy()
             seen = seen[:, ::-1] if batch.flips[view, number] else seen
@@ -240,11 +278,25 @@ def test_unreadable_samples_are_marked_and_leave_the_others_alone(
     good = [0, 1, 3, 5]
     assert batch.valid.tolist() == [row in good for row in range(6)] and batch.labels[[2, 4]].tolist() == [-1, -1]
     assert len(batch.bad) == 2 and key in batch.bad[0] and "28" in batch.bad[1]
+    file = tiny_sample.train / dataset.shards.manifest.files[0]
+    assert all(reason.startswith(f"{file}: sample ") for reason in batch.bad), batch.bad
+    assert batch.sizes is not None and batch.sizes.tolist() == [[64 * (row in good)] * 2 for row in range(6)]
     assert (batch.images[:, [2, 4]] == 0).all() and (batch.colours[:, [2, 4]] == 0).all()
     assert batch.boxes[:, [2, 4]].tolist() == [[[0, 0, 1, 1]] * 2] * 2 and not batch.flips[:, [2, 4]].any()
     assert batch.maps is not None and whole.maps is not None and torch.equal(batch.maps[good], whole.maps[good])
     for field in ("images", "boxes", "flips", "colours"):
         assert torch.equal(getattr(batch, field)[:, good], getattr(whole, field)[:, good]), field
+
+
+def test_a_lost_connection_is_no_bad_sample(tiny_sample: TinySample, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = dataset_of(tiny_sample.train, find_label_set(tiny_sample.labels))
+
+    def lost(shard: int, row: int) -> Stored:
+        raise RemoteFault("http://host/shard-000000.tar: no answer in time")
+
+    monkeypatch.setattr(dataset.shards, "read_stored", lost)
+    with pytest.raises(RemoteFault, match="no answer in time"):
+        dataset.__getitems__([(0, 0, 0)])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Damaged archives, indices, manifests and images, and what reading each of them may do: one place for tests and fuzz.
+"""Damaged files of every kind that is read, and what reading each of them may do: one place for tests and fuzz.
 
 A target makes bytes from a source of chance, and reads them: `read` returns quietly or raises one of `allowed`;
 anything else is a fault of ours. The source of chance is hypothesis in the tests and a seeded generator in
@@ -23,13 +23,17 @@ from safetensors.numpy import save as save_arrays
 
 from engine.errors import InputError
 from shards.decode import decode_rgb, image_size
+from shards.folder import LocalFolder
 from shards.index import METADATA_KEY, IndexFault, parse_index
 from shards.labels import encode_label
-from shards.manifest import FILE_NAME, read_manifest
+from shards.manifest import FILE_NAME, Manifest, ShardRecord, make_manifest, read_manifest
 from shards.map_png import decode_map_png
+from shards.objects import decode_objects, store_objects
+from shards.quarantine import bad_rows, read_quarantine
 from shards.tar import BLOCK, END, TarError, header_of, padded, scan
 
 HASH = "0" * 64
+JSON = b'0123456789-.eE,:"[]{} utfn'
 IMAGE_KINDS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 
 
@@ -56,6 +60,18 @@ class SeededChance:
     def binary(self, max_size: int) -> bytes:
         """See `Chance`."""
         return self._generator.bytes(self.integer(0, max_size))
+
+
+class InMemory(LocalFolder):
+    """A folder of one file."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(Path("set"))
+        self._data = data
+
+    def read(self, name: str, *, sha256: str | None = None) -> bytes:
+        """See `Folder`."""
+        return self._data
 
 
 @dataclass(frozen=True)
@@ -151,6 +167,21 @@ def whole_map() -> bytes:
     return encode_label(np.exp(-(rows**2) - columns**2) * (1.1 + np.sin(7 * rows * columns)))
 
 
+@cache
+def whole_set() -> Manifest:
+    """A manifest of one shard of three samples."""
+    record = ShardRecord("shard-000000.tar", 3, 2048, HASH, HASH, HASH)
+    return make_manifest([record], kind="images", name="x")
+
+
+@cache
+def whole_objects() -> bytes:
+    """Three objects in an image of 4x6 pixels: all background, all object, and some of both."""
+    counts = {"cat": "h0", "dog": "0h0", "café": "35`0"}
+    entries = [{"category": name, "score": 0.5, "counts": text} for name, text in counts.items()]
+    return store_objects(entries, size=(4, 6))
+
+
 def mend_png(content: bytearray) -> None:
     """Make the checksum of every chunk valid again, as far as their lengths lead."""
     position = 8
@@ -190,6 +221,29 @@ def damaged_manifest(chance: Chance) -> bytes:
     """Spliced JSON."""
     content = bytearray(json.dumps(manifest_of(classes=["a", "b"], gaze=None)).encode())
     splice(content, chance, most=4)
+    return bytes(content)
+
+
+def damage_json(content: bytearray, chance: Chance) -> None:
+    """Other characters of JSON in places, in half of the cases also spliced."""
+    for _ in range(chance.integer(1, 2)):
+        content[chance.integer(0, len(content) - 1)] = JSON[chance.integer(0, len(JSON) - 1)]
+    if chance.integer(0, 1):
+        splice(content, chance, most=2)
+
+
+def damaged_quarantine(chance: Chance) -> bytes:
+    """Damaged behind the digest of its set, any change to which refuses it."""
+    entries = [{"shard": 0, "row": row, "key": f"key {row}", "reason": "blurred"} for row in (0, 2)]
+    content = bytearray(json.dumps(entries).encode())
+    damage_json(content, chance)
+    return f'{{"schema": 1, "digest": "{whole_set().digest}", "samples": '.encode() + content + b"}"
+
+
+def damaged_objects(chance: Chance) -> bytes:
+    """Three objects, damaged."""
+    content = bytearray(whole_objects())
+    damage_json(content, chance)
     return bytes(content)
 
 
@@ -245,6 +299,17 @@ def read_manifest_bytes(data: bytes) -> None:
     assert all(os.path.basename(name) == name for name in manifest.files)
 
 
+def read_quarantine_bytes(data: bytes) -> None:
+    """Read a list of bad samples; its rows must be those of the set."""
+    entries = read_quarantine(InMemory(data), whole_set())
+    assert all(shard == 0 and set(rows.tolist()) <= {0, 1, 2} for shard, rows in bad_rows(entries).items())
+
+
+def read_object_bytes(data: bytes) -> None:
+    """Decode objects; all masks must be of the image's size."""
+    assert len({one.mask.shape for one in decode_objects(data)}) <= 1
+
+
 def read_image(data: bytes) -> None:
     """Size and pixels; both must be asked for."""
     problem: ValueError | None = None
@@ -270,4 +335,6 @@ TARGETS = (
     Target("manifest", damaged_manifest, read_manifest_bytes, (InputError,)),
     Target("image", damaged_image, read_image, (ValueError,)),
     Target("map", damaged_map, read_map, (ValueError,)),
+    Target("quarantine", damaged_quarantine, read_quarantine_bytes, (InputError,)),
+    Target("objects", damaged_objects, read_object_bytes, (ValueError,)),
 )

@@ -229,12 +229,14 @@ def test_objects_where_maps_are_needed_are_refused_and_the_other_way_round(packe
         ShardSet(packed.root, labels=maps, objects=True)
 
 
-def test_verify_passes_good_objects_and_names_bad_ones(
+def test_verify_passes_good_objects_and_images_without_any_and_names_bad_ones(
     packed: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = str(packed.root)
-    verify(VerifyConfig(path=str(write_set(packed, tmp_path / "good")), images=images, workers=1))
+    passed_over = write_set(packed, tmp_path / "good", without=tuple(packed.keys(1)))
+    verify(VerifyConfig(path=str(passed_over), images=images, workers=1))
     assert "labels: 23 samples in 1 sets" in capsys.readouterr().out
+    assert ShardSet(packed.root, labels=passed_over, objects=True).read(1, 0).image
     key = packed.keys(2)[3]
     with pytest.raises(InputError, match="1 faults"):
         verify(VerifyConfig(path=str(write_set(packed, tmp_path / "bad", spoil=key)), images=images, workers=1))

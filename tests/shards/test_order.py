@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from engine.errors import InputError
+from shards.opening import MAX_OPEN_SHARDS
 from shards.order import SampleOrder, StepBatches, shard_rows_for_rank, stable_permutation
 from shards.pack import pack
 from shards.reader import ShardSet
@@ -142,6 +143,16 @@ def test_empty_sets_and_windows_are_refused() -> None:
         SampleOrder(np.array([3, -1]), seed=0)
 
 
+def test_a_window_wider_than_the_reader_keeps_open_is_refused() -> None:
+    """It would open a shard anew, its index read and hashed, for almost every sample."""
+    sizes = np.full(MAX_OPEN_SHARDS + 1, 3)
+    with pytest.raises(InputError, match=r"window: 65 shards .* give 64 or fewer"):
+        SampleOrder(sizes, seed=0, window=MAX_OPEN_SHARDS + 1)
+    assert SampleOrder(sizes[1:], seed=0, window=10**6).slice(0, 3 * MAX_OPEN_SHARDS).shape == (192, 3)
+    assert SampleOrder(sizes, seed=0, window=MAX_OPEN_SHARDS).num_samples == len(sizes) * 3
+    assert SampleOrder(sizes, seed=0, window=10**6, shuffle=False).num_samples == len(sizes) * 3
+
+
 class Keys(Dataset[str]):
     """Reads the keys of samples from a shard set."""
 
@@ -189,6 +200,7 @@ import os, sys
 from pathlib import Path
 import test_order
 from shards.reader import ShardSet
+from shards.opening import MAX_OPEN_SHARDS
 from shards.order import SampleOrder, StepBatches
 from torch.utils.data import DataLoader
 root, log, stop = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

@@ -18,6 +18,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from engine.errors import InputError
+from engine.progress import ProgressBar
 from shards import packing
 from shards.decode import decode_rgb
 from shards.pack import PackConfig, check, pack
@@ -118,9 +119,36 @@ def test_a_full_disk_is_one_clear_line_and_the_pack_goes_on_after_it(
         patch.setattr(ShardWriter, "_write", full)
         with pytest.raises(InputError, match=r"No space left on device.*goes on where it stopped"):
             pack(source, tmp_path / "full", shard_samples=5, workers=1, name="set")
-    assert len(list((tmp_path / "full").glob("*.index"))) >= 3 and not list((tmp_path / "full").glob("*.tmp"))
+    complete = len(list((tmp_path / "full").glob("*.index")))
+    assert complete >= 3 and not list((tmp_path / "full").glob("*.tmp"))
+    bars: list[ProgressBar] = []
+    monkeypatch.setattr(
+        packing, "ProgressBar", lambda *args, **options: bars.append(ProgressBar(*args, **options)) or bars[0]
+    )
     pack(source, tmp_path / "full", shard_samples=5, workers=1, name="set")
     assert files(tmp_path / "full") == files(tmp_path / "whole")
+    # the last shard, of 3, is written by whoever comes to it
+    assert (bars[0].total, bars[0].count, bars[0].done) == (23, 23, 15 if complete == 3 else 18)
+
+
+def test_the_time_left_goes_by_the_items_of_this_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, log = [0.0], io.StringIO()
+    monkeypatch.setattr("engine.progress.time.monotonic", lambda: now[0])
+    bar = ProgressBar(1_000_000, "packing", stream=log, done=900_000)
+    for seconds, items in ((10, 0), (20, 100), (30, 3900), (530, 96_000)):
+        now[0] = seconds
+        bar.update(items)
+    assert log.getvalue().splitlines() == [
+        "packing: 900000/1000000 (10.0 s)",
+        "packing: 900100/1000000 (20.0 s, ETA 5h33m)",
+        "packing: 904000/1000000 (30.0 s, ETA 12m00s)",
+        "packing: 1000000/1000000 (530.0 s)",
+    ]
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    with ProgressBar(1000, "packing", stream=terminal, done=900):
+        pass
+    assert "900/1000" in terminal.getvalue()
 
 
 def test_every_shard_is_a_fair_sample_unless_told_otherwise(image_folder: Path, tmp_path: Path) -> None:

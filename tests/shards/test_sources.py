@@ -7,6 +7,7 @@ import pickle
 import struct
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -110,14 +111,6 @@ def test_salicon_fixations_come_out_as_x_y_from_0(salicon: Callable[..., Path], 
             number = int(item.name.split("_")[-1].split(".")[0])
             assert source.fixations(item) == [one.tolist() for one in observers(number)]
         assert source.describe()["maps_compared"] is True
-
-
-def test_salicon_packs_with_gaze(salicon: Callable[..., Path], tmp_path: Path) -> None:
-    pack(Salicon(salicon(), split="train"), tmp_path / "set", workers=1, shuffle=False)
-    shards = ShardSet(tmp_path / "set")
-    info = shards.read(0, 2).info()
-    assert info["fixations"] == [one.tolist() for one in observers(2)] and (info["width"], info["height"]) == (320, 240)
-    assert shards.manifest.extra["gaze"]["edition"] == "salicon-2017"
 
 
 @pytest.mark.parametrize("edition", ["2017", "2015"])
@@ -260,12 +253,17 @@ def test_file_names_that_are_not_utf8_get_a_key(tmp_path: Path, jpeg: Callable[.
     assert ShardSet(tmp_path.parent / f"{tmp_path.name}-set").keys(0) == ["caf\\udce9"]
 
 
-def write_tar(path: Path, contents: dict[str, bytes]) -> None:
+def write_tar(path: Path, contents: dict[str, bytes], *, link: bytes = b"") -> None:
+    """`link`: type of one more member, which is no plain file."""
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
         for name, data in contents.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
+        if link:
+            info = tarfile.TarInfo("link.jpg")
+            info.type, info.linkname = link, "/etc/passwd"
+            archive.addfile(info)
 
 
 def test_tars_with_folders_with_classes_and_one_per_class(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
@@ -300,6 +298,13 @@ def test_tars_refusals(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
     write_tar(tmp_path / "x.tar", {"../up.jpg": jpeg()})
     with pytest.raises(InputError, match=r"'\.\.' part"):
         pack(Tars(tmp_path / "x.tar"), tmp_path / "set", workers=1)
+    write_tar(tmp_path / "x.tar", {"/etc/absolute.jpg": jpeg()})
+    with pytest.raises(InputError, match="'/etc/absolute' is empty, absolute"):
+        pack(Tars(tmp_path / "x.tar"), tmp_path / "set", workers=1)
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+        write_tar(tmp_path / "x.tar", {"1.jpg": jpeg()}, link=kind)
+        with pytest.raises(InputError, match=r"'link.jpg' is not a plain file"):
+            pack(Tars(tmp_path / "x.tar"), tmp_path / "set", workers=1)
     data = (tmp_path / "x.tar").read_bytes()
     (tmp_path / "x.tar").write_bytes(data[:700])
     with pytest.raises(InputError, match="the archive ends before"):
@@ -417,6 +422,129 @@ def test_hostile_and_damaged_cifar_files_are_refused_and_never_run(tmp_path: Pat
         Cifar(tmp_path)
     with pytest.raises(InputError, match="no split 'val'"):
         Cifar(tmp_path / "b", split="val")
+
+
+# every source, packed and read back
+
+Expected = dict[str, tuple[bytes | np.ndarray, str | None, Any]]
+"""Key -> file or pixels, class, fixations."""
+Layout = Callable[[Path, Callable[..., bytes]], Expected]
+
+
+def of_files(root: Path, classes: dict[str, str | None], jpeg: Callable[..., bytes]) -> Expected:
+    """Write one image for each name below `root`; the keys are the names below that."""
+    files = {name: jpeg(seed=number) for number, name in enumerate(classes)}
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return {name.removesuffix(".jpg"): (files[name], known, None) for name, known in classes.items()}
+
+
+def folder_layout(root: Path, jpeg: Callable[..., bytes]) -> Expected:
+    return of_files(root, {"dog/1.jpg": "dog", "cat/more/2.jpg": "cat"}, jpeg)
+
+
+def tar_layout(root: Path, jpeg: Callable[..., bytes]) -> Expected:
+    root.mkdir()
+    write_tar(root / "x.tar", {"./dog/1.jpg": jpeg(seed=1), "./cat/2.jpg": jpeg(seed=2)})
+    return {"dog/1": (jpeg(seed=1), "dog", None), "cat/2": (jpeg(seed=2), "cat", None)}
+
+
+def cifar_layout(root: Path, jpeg: Callable[..., bytes], *, form: str) -> Expected:
+    pixels, labels = write_cifar10(root, form)
+    keys = [f"train/{number:05d}" for number in range(20)] + [f"test/{number:05d}" for number in range(4)]
+    images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return {key: (image, ("plane", "car")[label], None) for key, image, label in zip(keys, images, labels, strict=True)}
+
+
+def cifar_folders(root: Path, jpeg: Callable[..., bytes]) -> Expected:
+    return of_files(root, {f"{split}/{name}/1.jpg": name for split in ("train", "test") for name in "ab"}, jpeg)
+
+
+def osie_layout(root: Path, jpeg: Callable[..., bytes], *, tracking: str) -> Expected:
+    write_osie(root, jpeg, count=3)
+    seen = {
+        "eye": [[[[9 + number, 4], [2, 7]], [[9 + number, 4], [2, 8]]] for number in range(3)],
+        "mouse": [[[[8, 1], [7, 2]], [[31, 23]]]] * 3,
+    }[tracking]
+    return {f"{1001 + number}": (jpeg(seed=number), None, seen[number]) for number in range(3)}
+
+
+def flickr8k_layout(root: Path, jpeg: Callable[..., bytes]) -> Expected:
+    found = of_files(root, {f"Images/{number}_ab.jpg": None for number in range(3)}, jpeg)
+    (root / "Flickr_8k.trainImages.txt").write_text("".join(f"{number}_ab.jpg\n" for number in range(3)))
+    return {key.removeprefix("Images/"): value for key, value in found.items()}
+
+
+def coco_layout(root: Path, jpeg: Callable[..., bytes]) -> Expected:
+    found = of_files(root, {"train2017/000000000009.jpg": None, "val2017/000000000139.jpg": None}, jpeg)
+    return {"000000000009": found["train2017/000000000009"]}
+
+
+def below_images(root: Path, jpeg: Callable[..., bytes], *, folder: str) -> Expected:
+    """CUB-200 and Stanford Dogs without their lists: each class has one image, in its train half."""
+    found = of_files(root, {f"{folder}/{name}/1.jpg": name for name in ("a.Crow", "b.Wren")}, jpeg)
+    return {key.removeprefix(f"{folder}/"): value for key, value in found.items()}
+
+
+LAYOUTS: dict[str, tuple[dict[str, Any], Layout]] = {
+    "image_folder": ({}, folder_layout),
+    "tar": ({}, tar_layout),
+    "cifar python": ({}, partial(cifar_layout, form="python")),
+    "cifar binary": ({}, partial(cifar_layout, form="binary")),
+    "cifar folders": ({}, cifar_folders),
+    "osie eye": ({}, partial(osie_layout, tracking="eye")),
+    "osie mouse": ({"tracking": "mouse"}, partial(osie_layout, tracking="mouse")),
+    "flickr8k": ({"split": "train"}, flickr8k_layout),
+    "coco": ({"split": "train"}, coco_layout),
+    "cub": ({"split": "train"}, partial(below_images, folder="images")),
+    "stanford_dogs": ({"split": "train"}, partial(below_images, folder="Images")),
+}
+
+
+def assert_packs(config: SourceConfig, expected: Expected, folder: Path) -> ShardSet:
+    """Pack it and read all of it back."""
+    pack(make_source(config), folder, workers=1)
+    shards, found = ShardSet(folder), {}
+    for row in range(shards.num_samples):
+        sample = shards.read(0, row)
+        found[sample.key] = sample
+        file, known, fixations = expected[sample.key]
+        if isinstance(file, bytes):
+            assert sample.image == file
+        else:
+            np.testing.assert_array_equal(decode_rgb(sample.image), file)
+        assert (None if sample.label < 0 else shards.classes[sample.label]) == known
+        assert sample.info().get("fixations") == fixations
+        assert (sample.info()["height"], sample.info()["width"]) == decode_rgb(sample.image).shape[:2]
+    assert found.keys() == expected.keys()
+    assert shards.manifest.extra["source"]["kind"] == config.kind
+    return shards
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_source_packs_and_reads_back(name: str, tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
+    options, layout = LAYOUTS[name]
+    expected = layout(tmp_path / "source", jpeg)
+    config = SourceConfig(kind=name.split()[0], path=str(tmp_path / "source"), **options)  # type: ignore[arg-type]
+    gaze = assert_packs(config, expected, tmp_path / "set").manifest.extra["gaze"]
+    assert gaze == ({"edition": name.replace(" ", "-"), "sigma": 24.0} if name.startswith("osie") else None)
+
+
+@pytest.mark.parametrize("edition", ["2017", "2015"])
+def test_both_editions_of_salicon_pack_and_are_named_in_the_manifest(
+    salicon: Callable[..., Path], tmp_path: Path, jpeg: Callable[..., bytes], edition: str
+) -> None:
+    config = SourceConfig(kind="salicon", path=str(salicon(edition=edition)), split="train")
+    expected: Expected = {
+        f"train/COCO_train2014_{number:012d}": (
+            jpeg(seed=number, height=HEIGHT, width=WIDTH), None, [one.tolist() for one in observers(number)],
+        )
+        for number in range(6)
+    }  # fmt: skip
+    shards = assert_packs(config, expected, tmp_path / "set")
+    assert shards.manifest.extra["gaze"] == {"edition": f"salicon-{edition}", "sigma": SIGMA}
+    assert f'"edition": "salicon-{edition}"' in (tmp_path / "set" / "manifest.json").read_text()
 
 
 def test_options_of_another_source_are_refused(image_folder: Path) -> None:

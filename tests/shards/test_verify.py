@@ -9,13 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 
 from engine.errors import InputError
 from shards.index import read_index
 from shards.labels import encode_label, label_directory, seal_labels, write_label_shard
+from shards.quarantine import BadEntry, write_quarantine
 from shards.reader import ShardSet
 from shards.verify import VerifyConfig, command_line, main
 from shards.writer import index_path
+from tests.shards.damage import tar_of
 
 PROGRAM = Path(__file__).resolve().parents[2] / "shards" / "verify.py"
 TEACHER = "cd" * 32
@@ -37,10 +40,10 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def label(images: ShardSet, root: Path, *, teacher: str = TEACHER) -> Path:
+def label(images: ShardSet, root: Path, *, teacher: str = TEACHER, without: tuple[str, ...] = ()) -> Path:
     directory = label_directory(root, teacher)
     for shard in range(images.manifest.num_shards):
-        maps = [(key, encode_label(np.ones((4, 4)))) for key in images.keys(shard)]
+        maps = [(key, encode_label(np.ones((4, 4)))) for key in images.keys(shard) if key not in without]
         write_label_shard(directory, images, shard, maps)
     seal_labels(directory, images, teacher={"hash": teacher}, settings={"size": [4, 4]})
     return directory
@@ -162,6 +165,71 @@ def test_labels_are_checked_against_their_images(
     assert error == "" and "1 samples added" in out
     joined = ShardSet(packed.root, labels=directory)
     assert joined.num_samples == 22 and joined.shard_sizes[0] == 6
+
+
+def test_images_without_a_label_map_are_unusable_and_quarantined(
+    packed: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the reader refuses them. An image that is left out itself needs no map."""
+    lost = (packed.keys(0)[2], packed.keys(2)[5])
+    directory = label(packed, tmp_path / "labels", without=lost)
+    out, error = verify(directory, capsys, images=str(packed.root))
+    assert "2 faults" in error and f"row 2 '{lost[0]}': no label map: none was written for this image" in out
+    write_quarantine(packed.root, packed.manifest, [BadEntry(0, 2, lost[0], "blurred")])
+    assert "1 faults" in verify(directory, capsys, images=str(packed.root))[1]
+    out, error = verify(directory, capsys, images=str(packed.root), repair=True)
+    assert error == "" and "1 samples added" in out
+    joined = ShardSet(packed.root, labels=directory)
+    for shard, size in enumerate(joined.shard_sizes):
+        for row in range(size):
+            assert joined.read(shard, row).map is not None
+    assert joined.num_samples == 21 and verify(directory, capsys, images=str(packed.root))[1] == ""
+
+
+def damage_header(tar: Path, row: int) -> None:
+    """One byte of the header before a sample's image: its bytes stay, stock webdataset loses it and all after it."""
+    flip(tar, int(read_index(index_path(tar)).offset[row]) - 500)
+
+
+def readable_by_webdataset(tar: Path) -> int:
+    samples = webdataset.WebDataset(str(tar), shardshuffle=False, handler=webdataset.ignore_and_continue)
+    return sum("jpg" in sample for sample in samples)
+
+
+def test_a_quarantined_sample_hides_no_other_damage_of_its_shard(
+    packed: ShardSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = packed.root / packed.manifest.files[1]
+    write_quarantine(packed.root, packed.manifest, [BadEntry(1, 3, "", "blurred")])
+    assert verify(packed.root, capsys)[1] == "" and readable_by_webdataset(tar) == 7
+    damage_header(tar, 1)
+    assert readable_by_webdataset(tar) == 1
+    for repair in (False, True, False):
+        out, error = verify(packed.root, capsys, repair=repair)
+        assert "2 faults" in error and "SHA-256 is not the manifest's" in out and "tar: damaged header" in out
+
+
+def test_repair_does_not_pass_over_a_header_when_it_finds_bad_samples(
+    packed: ShardSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = packed.root / packed.manifest.files[1]
+    flip(tar, int(read_index(index_path(tar)).offset[0]) + 200)
+    damage_header(tar, 4)
+    out, error = verify(packed.root, capsys, repair=True)
+    assert "2 faults" in error and "pack those shards again" in error and "1 samples added" in out
+    assert "2 faults" in verify(packed.root, capsys)[1]
+
+
+def test_damage_that_no_quarantined_sample_explains_stays_a_fault(
+    packed: ShardSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The end mark cut off, and a member that the index does not know."""
+    write_quarantine(packed.root, packed.manifest, [BadEntry(0, 6, "", "blurred"), BadEntry(1, 6, "", "blurred")])
+    cut, longer = (packed.root / name for name in packed.manifest.files[:2])
+    os.truncate(cut, cut.stat().st_size - 1024)
+    longer.write_bytes(longer.read_bytes()[:-1024] + tar_of({"more.jpg": b"x"}))
+    out, error = verify(packed.root, capsys, repair=True)
+    assert "4 faults" in error and "the end mark is missing" in out and "'more.jpg' is not in the index" in out
 
 
 def test_wrong_folders_are_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

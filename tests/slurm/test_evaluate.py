@@ -15,7 +15,7 @@ from pretrain.evaluators import shared_work
 from pretrain.evaluators.offline import probe_run
 from pretrain.evaluators.shared_work import describe_share, pieces_of, run_share
 from pretrain.probe_array_config import ProbeArrayConfig
-from pretrain.probe_config import CorruptionConfig, KnnConfig, LinearConfig
+from pretrain.probe_config import CorruptionConfig, FinetuneConfig, KnnConfig, LinearConfig
 from tests.conftest import TinySample
 from tests.pretrain.evaluators.conftest import tiny_probe, write_run
 from tests.slurm.cluster import Cluster
@@ -92,13 +92,43 @@ def test_the_result_is_that_of_one_probe(runs: list[Path], tiny_sample: TinySamp
     assert metrics(runs[0]) == metrics(runs[1])
 
 
-def test_other_options_or_weights_are_other_work(runs: list[Path], tiny_sample: TinySample) -> None:
-    config = array_config(runs[:1], tiny_sample, evaluators="knn")
+def test_other_options_or_weights_are_other_work(runs: list[Path], tiny_sample: TinySample, tmp_path: Path) -> None:
+    file = tmp_path / "list.txt"
+    file.write_text("one")
+    config = array_config(runs[:1], tiny_sample, evaluators="knn", finetune=FinetuneConfig(lists=[file]))
     run_share(config)
     assert describe_share(config)[1].endswith(": finished")
     assert describe_share(replace(config, batch_size=7))[1].endswith(": finished")
     assert describe_share(replace(config, knn=KnnConfig(k=3)))[1].endswith(": to be done")
     assert describe_share(replace(config, train=tiny_sample.val))[1].endswith(": to be done")
+    file.write_text("two")
+    assert describe_share(config)[1].endswith(": to be done")
+
+
+def test_numbers_never_stand_under_the_options_of_others(runs: list[Path], tiny_sample: TinySample) -> None:
+    """Options A, then B, then A again; a single probe with others in between; and a merge that comes too late."""
+    pytest.importorskip("imagecorruptions")
+    first = array_config(runs[:1], tiny_sample, corruptions=CorruptionConfig(names=["contrast"], severities=[1]))
+    second = replace(first, seed=1, crop=0.5, knn=KnnConfig(k=3))
+
+    def state() -> tuple[dict[str, float], dict[str, Any]]:
+        summary = RunFolder(runs[0]).read_summary()
+        return summary["metrics"], summary["protocols"]
+
+    run_share(first)
+    ours = state()
+    run_share(second)
+    assert state()[1]["imagenet_c"]["seed"] == 1 and state()[0] != ours[0]
+    assert [line.endswith(": to be done") for line in describe_share(first)[1:]] == [True, True]
+    theirs = state()
+    shared_work.SharedRun(first, runs[0]).merge("imagenet_c")
+    assert state() == theirs
+    run_share(first)
+    assert state() == ours and all(line.endswith(": finished") for line in describe_share(first)[1:])
+    probe_run(tiny_probe(runs[0], tiny_sample, evaluators="knn", knn=KnnConfig(k=3)))
+    assert [line.endswith(": to be done") for line in describe_share(first)[1:]] == [True, False]
+    run_share(first)
+    assert state() == ours
 
 
 def test_a_run_that_cannot_be_evaluated_leaves_the_others_their_turn(

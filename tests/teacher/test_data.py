@@ -1,6 +1,7 @@
 """Augmentation moves fixations with the image, and is a pure function of seed, epoch and sample."""
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 from engine.loading import make_loader
+from shards.faults import RemoteFault
 from shards.gaze import GazeTarget
-from shards.reader import ShardSet
+from shards.reader import ShardSet, Stored
 from teacher.config import AugmentConfig
 from teacher.data import Change, GazeDataset, change_generator, change_image, draw_change, move_target
 from teacher.sources import GazeSet, GazeSets
@@ -89,6 +91,31 @@ def test_a_batch_holds_maps_counts_and_what_could_not_be_used(data: Path) -> Non
     blob = (bright > 200).nonzero().float().mean(0) / torch.tensor([32.0, 48.0])
     found = torch.tensor(divmod(int(peak), 16)).float() / torch.tensor([12.0, 16.0])
     assert (blob - found).abs().max() < 0.15
+
+
+def test_what_cannot_be_read_is_named_with_its_set_and_file(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two sets whose shards have the same names; a lost connection is nobody's fault and ends the program."""
+    sets = GazeSets([GazeSet(ShardSet(data / name), SIGMA) for name in ("val", "train")])
+    dataset = GazeDataset(sets, size=(32, 48), grid=(8, 12))
+    shards = sets.sets[1].shards
+    read = shards.read_stored
+
+    def spoiled(shard: int, row: int) -> Stored:
+        stored = read(shard, row)
+        stored.image = stored.image[: len(stored.image) // 2] if row == 2 else stored.image
+        return stored
+
+    def lost(shard: int, row: int) -> dict[str, Any]:
+        raise RemoteFault("http://host/shard-000001.tar: no answer in time")
+
+    monkeypatch.setattr(shards, "read_stored", spoiled)
+    first = sets.sets[0].shards.manifest.num_shards
+    batch = dataset.__getitems__([(0, first + 1, 1), (0, first + 1, 2)])
+    assert batch.valid.tolist() == [True, False] and len(batch.bad) == 1
+    assert batch.bad[0].startswith(f"{data / 'train'}/{shards.manifest.files[1]}: sample {shards.key(1, 2)!r}: ")
+    monkeypatch.setattr(shards, "read_info", lost)
+    with pytest.raises(RemoteFault):
+        dataset[(0, first + 1, 1)]
 
 
 @pytest.mark.timeout(120)

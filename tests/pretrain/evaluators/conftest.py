@@ -20,14 +20,16 @@ from pretrain.probe_config import FinetuneConfig, KnnConfig, LinearConfig, Probe
 from tests.conftest import TinySample
 
 
-def write_run(path: Path, sample: TinySample, *, arm: Any = "contrastive+attention") -> RunFolder:
-    """A run folder with config and encoder, as a training of no steps would leave it."""
+def write_run(
+    path: Path, sample: TinySample, *, arm: Any = "contrastive+attention", options: dict[str, Any] | None = None
+) -> RunFolder:
+    """A run folder with config and encoder, as a training of no steps would leave it; `options` are the backbone's."""
     config = Config(
         run=path.name,
         runs=path.parent,
         arm=arm,
         data=DataConfig(shards=sample.train, labels=sample.labels, batch_size=12, image_size=32),
-        model=ModelConfig(backbone="test_resnet", projector_hidden=16, projector_out=8),
+        model=ModelConfig(backbone="test_resnet", backbone_options=options or {}, projector_hidden=16, projector_out=8),
         attention=AttentionConfig(channels=8, stages=[1]),
     )
     torch.manual_seed(0)

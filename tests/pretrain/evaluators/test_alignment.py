@@ -9,18 +9,25 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from attention.baselines import leave_image_out
 from attention.maps import to_density
+from attention.metrics import cc, emd, spearman
 from engine.errors import InputError
 from pretrain.config import AttentionConfig
+from pretrain.data import find_label_set
 from pretrain.evaluators.alignment import alignment, gaze_set
 from pretrain.evaluators.attention_maps import feature_norm, grad_cam
-from pretrain.evaluators.base import Subject
-from pretrain.evaluators.gaze_rows import GazeRows
+from pretrain.evaluators.base import Result, Subject
+from pretrain.evaluators.gaze_rows import GazeRows, means
 from pretrain.evaluators.linear_probe import LinearHead
 from pretrain.evaluators.offline import probe_run
-from pretrain.probe_config import GazeConfig, ProbeConfig
+from pretrain.evaluators.robust_gaze import robust_gaze
+from pretrain.evaluators.sources import ShardImages, train_images
+from pretrain.probe_config import CorruptionConfig, GazeConfig, ProbeConfig
 from shards.gaze import centre_bias_scores, score_densities
+from shards.manifest import read_manifest
 from tests.attention.reference import as_fixations, import_pysaliency, stored_model
+from tests.conftest import TinySample
 
 Open = Callable[..., tuple[Subject, ProbeConfig]]
 
@@ -37,8 +44,17 @@ def test_rows_agree_with_the_rooms_that_define_them(open_tiny: Open) -> None:
         assert result.metrics[f"centre_bias/{name}"] == pytest.approx(centre[name], abs=1e-5), name
     rows = {name.split("/")[0] for name in result.metrics if "/" in name}
     assert rows == {"feature_norm", "grad_cam", "uniform", "centre_bias", "one_human", "split_half"}
-    for name in ("auc_borji", "auc_shuffled", "information_gain", "spearman"):
+    for name in ("auc_borji", "auc_shuffled", "information_gain", "spearman", "emd"):
         assert np.isfinite(result.metrics[name]) and f"grad_cam/{name}" in result.metrics
+    grid = targets[0].grid(2)
+    human = torch.stack([torch.from_numpy(target.density(grid)) for target in targets])
+    maps = torch.stack([torch.from_numpy(on_grid(result.maps[target.key], grid)) for target in targets]).float()
+    flat, others = torch.full_like(human, 1 / human[0].numel()), leave_image_out(human)
+    for row, each in {"": maps, "uniform/": flat, "centre_bias/": others}.items():
+        assert result.metrics[f"{row}emd"] == pytest.approx(emd(each, human).mean().item(), abs=1e-5), row
+        assert result.metrics[f"{row}spearman"] == pytest.approx(spearman(each, human).mean().item(), abs=1e-5), row
+    assert result.protocol["grad_cam_learning_rate"] == 0.1 and result.protocol["train"]["samples"] == 72
+    assert 0 < result.metrics["split_half/emd"] < result.metrics["uniform/emd"]
     assert result.metrics["centre_bias/information_gain"] == pytest.approx(0, abs=1e-6)
     assert result.metrics["uniform/nss"] == 0
     assert len(result.tables["by_image"]["nss"]) == len(targets) == result.metrics["num_images"]
@@ -98,7 +114,59 @@ def test_humans_scored_as_a_model_equal_the_human_map(open_tiny: Open) -> None:
     rows = GazeRows(targets, stride=4, negatives=100, seed=0)
     scores = rows.score_each([target.density(target.grid(4)) for target in targets])
     assert scores["kld"] == pytest.approx(0, abs=1e-5) and scores["cc"] == pytest.approx(1, abs=1e-5)
-    assert (scores["information_gain"] > 0).all()
+    assert (scores["information_gain"] > 0).all() and scores["emd"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_slow_metrics_compare_the_same_halves(open_tiny: Open) -> None:
+    """CC, computed as the slow metrics are, is that of the room that draws the halves."""
+    _, probe = open_tiny()
+    _, targets = gaze_set(probe)
+    rows = GazeRows(targets, stride=4, negatives=100, seed=3)
+    rows.slow = {"slow_cc": cc}
+    found = rows.baselines(None, digest="")
+    assert "slow_cc" not in found["one_human"] and found["split_half"]["cc"] < 1
+    for row in ("uniform", "centre_bias", "split_half"):
+        assert found[row]["slow_cc"] == pytest.approx(found[row]["cc"], abs=1e-6), row
+
+
+def test_unreadable_images_are_no_uniform_maps(open_tiny: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the images damaged: the means are those of the others, and the loss is told."""
+    subject, probe = open_tiny(gaze_options=GazeConfig(rows=["feature_norm", "baselines"], negatives=100))
+    lines: list[str] = []
+    subject = dataclasses.replace(subject, report=lines.append, cache=None)
+    whole = alignment(subject, probe)
+    read, broken = ShardImages.read, set(range(0, 20, 2))
+
+    def damaged(self: ShardImages, number: int) -> tuple[np.ndarray, int]:
+        if number in broken:
+            raise ValueError("damaged")
+        return read(self, number)
+
+    monkeypatch.setattr(ShardImages, "read", damaged)
+    _, targets = gaze_set(probe)
+    assert len(targets) == 20
+    kept = targets[1::2]
+    result = alignment(subject, probe)
+    assert (result.metrics["num_images"], result.metrics["num_skipped"]) == (10, 10)
+    assert any("10 of 20 images" in line and "unreadable" in line for line in lines)
+    rows = GazeRows(kept, stride=4, negatives=100, seed=0)
+    expected = means(rows.score_each([whole.maps[target.key] for target in kept]))
+    assert {name: result.metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert result.metrics["uniform/kld"] == rows.baselines(None, digest="")["uniform"]["kld"]
+    assert list(result.maps) == [target.key for target in kept] and len(result.tables["by_image"]["nss"]) == 10
+    assert result.protocol["gaze"]["scored"] == 10 and "feature_norm/nss" in result.metrics
+    broken.update(range(20))
+    with pytest.raises(InputError, match="none of the 20 images with gaze can be read"):
+        alignment(subject, probe)
+
+
+def test_without_pot_emd_is_left_out_with_a_reason(open_tiny: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, probe = open_tiny(gaze_options=GazeConfig(rows=[]))
+    assert "POT" in alignment(subject, probe).protocol["emd"]
+    monkeypatch.setattr("pretrain.evaluators.gaze_rows.find_spec", lambda name: None)
+    result = alignment(subject, probe)
+    assert "emd" not in result.metrics and "spearman" in result.metrics
+    assert result.protocol["emd"] == "left out: POT is not installed"
 
 
 def test_grad_cam_is_the_class_activation_map(open_tiny: Open) -> None:
@@ -131,6 +199,23 @@ def test_a_student_without_heads_gets_a_read_out(open_tiny: Open) -> None:
     config = dataclasses.replace(bare.config, data=dataclasses.replace(bare.config.data, labels=None))
     with pytest.raises(InputError, match="--labels"):
         alignment(dataclasses.replace(bare, config=config), probe)
+
+
+@pytest.mark.parametrize("evaluate", [alignment, robust_gaze])
+def test_protocols_tell_how_a_read_out_was_trained(
+    open_tiny: Open, tiny_sample: TinySample, evaluate: Callable[[Subject, ProbeConfig], Result]
+) -> None:
+    if evaluate is robust_gaze:
+        pytest.importorskip("imagecorruptions")
+    options = GazeConfig(readout_steps=1, readout_lr=0.02, rows=[])
+    subject, probe = open_tiny(
+        gaze_options=options, corruptions=CorruptionConfig(names=["contrast"], severities=[1]), max_val=10
+    )
+    protocol = evaluate(dataclasses.replace(subject, heads={}), probe).protocol
+    assert (protocol["readout_steps"], protocol["readout_learning_rate"]) == (1, 0.02)
+    assert protocol["readout_labels"] == read_manifest(find_label_set(tiny_sample.labels), kind="labels").digest
+    assert protocol["readout_images"] == train_images(probe).digest
+    assert not any(name.startswith("readout") for name in evaluate(subject, probe).protocol)
 
 
 def test_a_missing_stage_is_named(open_tiny: Open) -> None:

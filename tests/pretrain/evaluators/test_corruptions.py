@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from pretrain.evaluators.corruptions import (
     summarise,
 )
 from pretrain.evaluators.features import pooled_features
-from pretrain.evaluators.imagenet_c import imagenet_c
+from pretrain.evaluators.imagenet_c import CorruptedSets, imagenet_c, summary
 from pretrain.evaluators.prepare import CentreCrop, Corrupted, ReleasedCrop, fit_square
 from pretrain.evaluators.reading import read_images
 from pretrain.evaluators.robust_gaze import robust_gaze
@@ -157,6 +159,49 @@ def test_released_folders_with_gaps_give_a_marked_partial_result(open_tiny: Open
     assert result.metrics["fog/ce"] == pytest.approx((100 - result.metrics["fog/top1"]) / ALEXNET["fog"])
 
 
+def test_an_mce_says_why_it_is_not_comparable(open_tiny: Open, tmp_path: Path) -> None:
+    """All of ImageNet's classes, at its size, on its whole validation set; then with one of them changed."""
+    subject, probe = open_tiny(corruptions=CorruptionConfig(folder=tmp_path))
+    (tmp_path / "fog" / "1").mkdir(parents=True)
+    found = {(name, severity): (0.5,) for name in COMMON for severity in SEVERITIES}
+
+    def notes(*, classes: int = 1000, size: int = 224, limit: int = 0) -> list[str]:
+        val = val_images(dataclasses.replace(probe, max_val=limit))
+        val.classes = tuple(map(str, range(classes)))
+        sets = CorruptedSets(subject, probe, val)
+        sets.size = size
+        result = summary(found, clean=0.3, protocol={}, corrupted=sets)
+        assert "mce" in result.metrics
+        return [result.note, result.protocol["mce"]]
+
+    assert notes() == ["", "by AlexNet's errors on ImageNet"]
+    for changed, words in (
+        (notes(classes=10), "10 classes"),
+        (notes(size=32), "inputs of 32 pixels"),
+        (notes(limit=7), "7 of 40 validation images"),
+    ):
+        assert all("not comparable" in note and words in note for note in changed)
+
+
+def test_released_images_that_were_replaced_are_measured_again(open_tiny: Open, tmp_path: Path) -> None:
+    """In place, even by files of the same size; those that are as they were are not."""
+    lines: list[str] = []
+    subject, probe = open_tiny(corruptions=CorruptionConfig(folder=tmp_path / "c"))
+    subject = dataclasses.replace(subject, report=lines.append)
+    write_released(tmp_path / "c", probe, names=("fog", "snow"), severities=(1,))
+    first = imagenet_c(subject, probe).metrics
+    assert len(lines) == 2
+    files = {file: file.stat() for file in (tmp_path / "c" / "fog" / "1").glob("*/*.JPEG")}
+    one = min(files, key=lambda file: files[file].st_size).read_bytes()
+    for file, state in files.items():  # all show the same
+        file.write_bytes(one.ljust(state.st_size, b"\0"))
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns + 10**9))
+    second = imagenet_c(subject, probe).metrics
+    assert len(lines) == 3 and lines[2].startswith("imagenet_c: fog")
+    assert second["fog/1"] != first["fog/1"] and second["snow/1"] == first["snow/1"]
+    assert imagenet_c(subject, probe).metrics == second and len(lines) == 3
+
+
 def test_released_jpegs_are_cropped_and_never_resized() -> None:
     image = photo()
     assert np.array_equal(ReleasedCrop(32)(image, 0), image[4:36, 8:40])
@@ -179,7 +224,12 @@ def test_cifar_c_arrays(open_tiny: Open, tmp_path: Path) -> None:
     assert result.tables["by_severity"]["top1"][0] == pytest.approx(result.metrics["clean_top1"])
     np.save(folder / "labels.npy", labels.numpy()[:7])
     with pytest.raises(InputError, match="do not match"):
-        imagenet_c(subject, dataclasses.replace(probe, seed=1, corruptions=CorruptionConfig(folder=folder)))
+        imagenet_c(subject, dataclasses.replace(probe, corruptions=CorruptionConfig(folder=folder)))
+    rows = np.tile(labels.numpy(), 5)
+    rows[3] = (rows[3] + 1) % 4
+    np.save(folder / "labels.npy", rows)
+    with pytest.raises(InputError, match="labels of the five severities differ"):
+        imagenet_c(subject, dataclasses.replace(probe, corruptions=CorruptionConfig(folder=folder)))
 
 
 def test_jobs_of_an_array_add_up_and_nothing_is_measured_twice(open_tiny: Open) -> None:
@@ -219,18 +269,22 @@ def test_bad_options_are_refused(open_tiny: Open, options: CorruptionConfig, wor
         imagenet_c(subject, dataclasses.replace(probe, corruptions=options))
 
 
-@pytest.mark.parametrize("fault", ["empty", "unknown"])
-def test_class_folders_that_do_not_match_are_refused(open_tiny: Open, tmp_path: Path, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "words"), [("empty", "without images"), ("unknown", "n99999999"), ("absent", "no folder for class")]
+)
+def test_class_folders_that_do_not_match_are_refused(open_tiny: Open, tmp_path: Path, fault: str, words: str) -> None:
     subject, probe = open_tiny()
     write_released(tmp_path / "c", probe, names=("fog",), severities=(1,))
     first = sorted((tmp_path / "c" / "fog" / "1").iterdir())[0]
     if fault == "empty":
         for file in first.iterdir():
             file.unlink()
+    elif fault == "absent":
+        shutil.rmtree(first)
     else:
         first.rename(first.with_name("n99999999"))
     probe = dataclasses.replace(probe, corruptions=CorruptionConfig(folder=tmp_path / "c"))
-    with pytest.raises(InputError, match="without images" if fault == "empty" else "n99999999"):
+    with pytest.raises(InputError, match=words):
         imagenet_c(subject, probe)
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from engine.ranks import Ranks
 from pretrain.evaluators import features as features_module
+from pretrain.evaluators.alignment import alignment
 from pretrain.evaluators.base import Subject
 from pretrain.evaluators.cache import Outputs
 from pretrain.evaluators.features import collect, pooled, pooled_features
@@ -22,7 +23,7 @@ from pretrain.evaluators.reading import Job, read_images
 from pretrain.evaluators.registry import pick
 from pretrain.evaluators.sources import ShardImages, train_images
 from pretrain.evaluators.subjects import open_subject
-from pretrain.probe_config import CorruptionConfig, ProbeConfig
+from pretrain.probe_config import CorruptionConfig, GazeConfig, ProbeConfig
 from tests.conftest import TinySample
 from tests.pretrain.evaluators.conftest import tiny_probe, write_run
 from tests.tools import run_distributed
@@ -32,7 +33,10 @@ NAMES = "linear_probe,knn,imagenet_c,alignment,retrieval,finetune,robust_gaze"
 
 
 def evaluate_all(rank: int, world_size: int, run: Path, sample: TinySample) -> dict[str, float]:
-    """Every evaluator of our own on this rank's part, in parts so small that each rank has several."""
+    """Every evaluator of our own on this rank's part, in parts so small that each rank has several.
+
+    `alignment` once more without the student's own heads: with a read-out trained here.
+    """
     features_module.PART = 7
     probe = tiny_probe(run, sample, corruptions=CorruptionConfig(names=["gaussian_noise"], severities=[3]))
     subject = open_subject(probe, ranks=Ranks(), device=torch.device("cpu"))
@@ -40,13 +44,16 @@ def evaluate_all(rank: int, world_size: int, run: Path, sample: TinySample) -> d
     for evaluator in pick(NAMES):
         result = evaluator.run(subject, probe)
         metrics |= {f"{evaluator.label}/{name}": value for name, value in result.metrics.items()}
-    return metrics
+    bare = dataclasses.replace(probe, gaze_options=GazeConfig(readout_steps=3, readout_lr=0.01, rows=[]))
+    trained = alignment(dataclasses.replace(subject, heads={}), bare).metrics
+    assert trained["nss"] != metrics["attention/nss"]
+    return metrics | {f"readout/{name}": value for name, value in trained.items()}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, tiny_sample: TinySample) -> tuple[Path, dict[str, float]]:
-    """A run, and what one process finds on it."""
-    run = write_run(tmp_path_factory.mktemp("ranks") / "tiny", tiny_sample).path
+    """A run whose fine-tuning has dropout, and what one process finds on it."""
+    run = write_run(tmp_path_factory.mktemp("ranks") / "tiny", tiny_sample, options={"drop_rate": 0.5}).path
     part = features_module.PART
     try:
         return run, evaluate_all(0, 1, run, tiny_sample)
@@ -60,7 +67,8 @@ def test_every_evaluator_gives_the_same_on_any_number_of_ranks(
 ) -> None:
     run, expected = alone
     found = run_distributed(evaluate_all, world_size, run, tiny_sample)
-    assert {name.split("/")[0] for name in expected} == set(NAMES.replace("alignment", "attention").split(","))
+    names = NAMES.replace("alignment", "attention,readout").split(",")
+    assert {name.split("/")[0] for name in expected} == set(names)
     for metrics in found:
         assert metrics == pytest.approx(expected, abs=1e-6)
     assert not dist.is_initialized()

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from engine.errors import InputError
 from engine.files import sha256_of
 from engine.loop import Training
 from pretrain.config import Config
+from pretrain.evaluators.base import Result
 from pretrain.evaluators.offline import check_probe, probe_run
-from pretrain.evaluators.online import online_hooks, online_probe
+from pretrain.evaluators.online import Records, online_hooks, online_probe
 from pretrain.evaluators.registry import OWN, known_names, pick
 from pretrain.probe_config import KnnConfig, OnlineConfig, ProbeConfig
 from tests.conftest import TinySample
@@ -129,15 +131,26 @@ def test_training_is_bit_equal_with_and_without_evaluators(
 ) -> None:
     """Batch norm, weights, optimiser and every generator end as if nobody had looked."""
     common = {"max_steps": 4, "model__backbone_options": {"drop_rate": 0.3}}
+    names = ["knn", "linear_probe", "alignment", "brightness", "retrieval", "finetune"]
+    names += ["imagenet_c", "robust_gaze"] if find_spec("imagecorruptions") else []
     plain = student_config(run="plain", **common)
     watched = student_config(
         run="watched",
-        online__evaluators="knn,linear_probe,alignment,brightness",
+        online__evaluators=",".join(names),
         online__every_steps=2,
         online__val=str(tiny_sample.val),
         online__gaze=str(tiny_sample.gaze),
         online__max_val=20,
-        online__options={"knn.k": 5, "linear.epochs": 3, "gaze_options.stride": 8},
+        online__options={
+            "knn.k": 5,
+            "linear.epochs": 3,
+            "linear.rates": [0.1],
+            "gaze_options.stride": 8,
+            "corruptions.names": ["contrast"],
+            "corruptions.severities": [1],
+            "finetune.fractions": [0.2],
+            "finetune.epochs": 1,
+        },
         **common,
     )
     for config in (plain, watched):
@@ -152,11 +165,50 @@ def test_training_is_bit_equal_with_and_without_evaluators(
     online = [line for line in lines_of(runs / "watched") if any(key.startswith("online/") for key in line)]
     assert {line["step"] for line in online} == {2, 4}
     logged = {key for line in online for key in line}
-    assert {"online/knn/top1", "online/linear_probe/top1", "online/attention/nss", "online/brightness/mean"} <= logged
+    assert {evaluator.label for evaluator in pick(",".join(names))} <= {
+        key.split("/")[1] for key in logged if "/" in key
+    }
+    records = [json.loads(line) for line in (runs / "watched" / "probe" / "online.jsonl").read_text().splitlines()]
+    assert [(each["step"], each["evaluator"]) for each in records] == [(s, name) for s in (2, 4) for name in names]
+    assert records[0]["encoder"] != records[-1]["encoder"] and all(each["commit"] for each in records)
+    assert records[0]["protocol"].items() >= {"k": 5, "temperature": 0.1, "image_size": 32, "seed": 0}.items()
+    assert records[0]["protocol"]["val"]["samples"] == 20 and "learning_rate" in records[1]["protocol"]
+    assert {f"online/knn/{name}": value for name, value in records[0]["metrics"].items()}.items() <= next(
+        line for line in online if "online/knn/top1" in line
+    ).items()
     probe_run(ProbeConfig(run=runs / "watched", evaluators="brightness", val=tiny_sample.val, max_val=20))
     last = next(line for line in reversed(online) if "online/brightness/mean" in line)
     metrics = json.loads((runs / "watched" / "summary.json").read_text())["metrics"]
     assert metrics["brightness/mean"] == pytest.approx(last["online/brightness/mean"], rel=1e-5)
+
+
+def test_what_numbers_in_training_were_measured_on_survives_a_resume_and_a_full_disk(tmp_path: Path) -> None:
+    """Steps that are made again are not doubled; what cannot be written waits, and ends no training."""
+    file, lines = tmp_path / "probe" / "online.jsonl", list[str]()
+    evaluator, result = pick("knn")[0], Result({"top1": 50.0, "odd": float("nan")}, {"k": 5})
+
+    def records(*, after: int) -> Callable[[int], None]:
+        made = Records(file, after=after, report=lines.append)
+        return lambda step: made.add(step, evaluator, result, encoder="ab", protocol={"k": 5, "path": tmp_path})
+
+    def steps() -> list[int]:
+        return [json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+    file.parent.write_text("a file in the folder's place")
+    add = records(after=0)
+    add(2)
+    assert len(lines) == 1 and "cannot be written" in lines[0]
+    file.parent.unlink()
+    add(4)
+    add(6)
+    assert steps() == [2, 4, 6] and len(lines) == 1
+    with file.open("a") as torn:
+        torn.write('{"step": 8, "eval')
+    again = records(after=4)
+    again(6)
+    again(8)
+    assert steps() == [2, 4, 6, 8]
+    assert json.loads(file.read_text().splitlines()[0])["metrics"] == {"top1": 50.0, "odd": "nan"}
 
 
 @pytest.mark.parametrize(("zero", "ema"), [(3, 0.0), (2, 0.9)])

@@ -1,8 +1,7 @@
-"""kNN, retrieval, the linear probe and fine-tuning against other libraries and by hand."""
+"""kNN, retrieval and the linear probe against other libraries and by hand."""
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +12,11 @@ from torch.nn.functional import normalize
 
 from engine.errors import InputError
 from pretrain.evaluators.base import Subject
-from pretrain.evaluators.finetune import all_labels, finetune, plan_arms, read_list, stratified
 from pretrain.evaluators.knn import knn, knn_scores
 from pretrain.evaluators.linear_probe import accuracies, fit_head, linear_probe
 from pretrain.evaluators.retrieval import retrieval, score_retrieval
-from pretrain.evaluators.sources import ShardImages, train_images
-from pretrain.evaluators.subjects import untrained
-from pretrain.probe_config import FinetuneConfig, KnnConfig, LinearConfig, ProbeConfig, RetrievalConfig
+from pretrain.evaluators.sources import ShardImages
+from pretrain.probe_config import KnnConfig, LinearConfig, ProbeConfig, RetrievalConfig
 
 Open = Callable[..., tuple[Subject, ProbeConfig]]
 
@@ -138,52 +135,3 @@ def test_linear_probe_with_augmented_views_and_a_floor(open_tiny: Open) -> None:
     elsewhere = dataclasses.replace(subject, cache=subject.cache / "elsewhere")
     assert linear_probe(elsewhere, spare).metrics == result.metrics
     assert len(list((subject.cache / "elsewhere").iterdir())) == 2 * (1 + 1 + 1)
-
-
-def test_a_share_is_stratified_nested_and_seeded() -> None:
-    labels = np.repeat([0, 1, 2], [100, 50, 3])
-    tenth, fifth = (stratified(labels, share=share, seed=4) for share in (0.1, 0.2))
-    assert np.bincount(labels[tenth]).tolist() == [10, 5, 1] and np.bincount(labels[fifth]).tolist() == [20, 10, 1]
-    assert set(tenth) <= set(fifth) and tenth == stratified(labels, share=0.1, seed=4)
-    assert tenth != stratified(labels, share=0.1, seed=5)
-
-
-def test_lists_name_images_by_key_or_file_name(open_tiny: Open, tmp_path: Path) -> None:
-    _, probe = open_tiny()
-    images = train_images(probe)
-    keys = [key for shard in range(3) for key in images.shards.keys(shard)]
-    file = tmp_path / "one_percent.txt"
-    file.write_text(f"{keys[5]}\n{keys[3]}.jpg\n\n")
-    assert read_list(file, images) == [3, 5]
-    arms = plan_arms(FinetuneConfig(lists=[file]), images, seed=0)
-    assert [(arm.name, arm.scratch) for arm in arms] == [("one_percent", False), ("scratch/one_percent", True)]
-    labels = all_labels(images)
-    assert labels.tolist() == [images.read(number)[1] for number in range(72)]
-    for content, words in (("absent_name\n", "absent_name"), ("", "no names")):
-        file.write_text(content)
-        with pytest.raises(InputError, match=words):
-            read_list(file, images)
-
-
-def test_fine_tuning_learns_its_images(open_tiny: Open) -> None:
-    """Measured on the images that it was tuned on; the subject itself stays as it was."""
-    subject, probe = open_tiny()
-    frozen = {name: value.clone() for name, value in subject.backbone.state_dict().items()}
-
-    def tuned(lr: float) -> float:
-        config = FinetuneConfig(fractions=[0.9], epochs=25, batch_size=16, lr=lr, head_lr=1.0, scratch=False)
-        result = finetune(subject, dataclasses.replace(probe, val=probe.train, finetune=config))
-        assert result.protocol["images"] == {"90%": 62}
-        return result.metrics["90%/top1"]
-
-    assert tuned(1.0) > max(40, tuned(1e-6) + 15)
-    assert all(torch.equal(value, frozen[name]) for name, value in subject.backbone.state_dict().items())
-
-
-def test_scratch_arms_start_from_other_weights(open_tiny: Open) -> None:
-    """The arms agree when the subject is itself untrained with that seed, and differ when it is not."""
-    subject, probe = open_tiny(finetune=FinetuneConfig(fractions=[0.5], epochs=1, lr=1e-9))
-    metrics = finetune(dataclasses.replace(subject, backbone=untrained(subject, seed=0).backbone), probe).metrics
-    assert metrics["50%/top1"] == metrics["scratch/50%/top1"]
-    start = untrained(subject, seed=1)
-    assert start.hash != subject.hash and start.hash == untrained(subject, seed=1).hash
