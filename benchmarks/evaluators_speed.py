@@ -96,7 +96,7 @@ def _time_corruptions(folder: Path, options: argparse.Namespace) -> tuple[list[f
         encoder="timm:test_resnet",
         train=folder / "train",
         val=folder / "val",
-        batch_size=8,  # what a reading process hands over at a time: a small set must not end in one of them
+        batch_size=32,  # what a reading process hands over at a time: so small a set must not end in one of them
         load=LoadConfig(image_size=options.image_size),
         linear=LinearConfig(epochs=1, rates=[0.1]),
         corruptions=CorruptionConfig(severities=[3]),
@@ -189,7 +189,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=224, help="pixels (default: %(default)s)")
     parser.add_argument("--images", type=int, default=192, help="JPEGs of a condition (default: %(default)s)")
     parser.add_argument("--conditions", type=int, default=4, help="folders of JPEGs (default: %(default)s)")
-    parser.add_argument("--corrupted", type=int, default=192, help="images of each corruption (default: %(default)s)")
+    parser.add_argument("--corrupted", type=int, default=384, help="images of each corruption (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=32, help="images a forward (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=1, help="processes that read JPEGs (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the encoder on a CPU (default: %(default)s)")

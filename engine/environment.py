@@ -39,7 +39,7 @@ def git_commit() -> str:
     try:
         commit = _git("rev-parse", "--short=12", "HEAD", cwd=root)
         return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no", cwd=root) else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 

@@ -44,7 +44,7 @@ class DataConfig:
     image_size: PositiveInt = 224
     """Height and width of a view, pixels."""
     window: PositiveInt = 16
-    """Shards whose samples are shuffled together."""
+    """Shards whose samples are shuffled together, 64 at most."""
     max_bad_fraction: ClosedUnitInterval = 1e-3
     """Stop when more than this share of the samples read is unreadable and more than one is; 0 stops at the first."""
     remote: RemoteOptions = field(default_factory=RemoteOptions)

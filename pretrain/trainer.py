@@ -115,7 +115,7 @@ def check(config: Config) -> list[str]:
     _check_options(config, student, accelerator)
     weights = sum(p.numel() for p in student.parameters() if p.requires_grad)
     views = plan.local_batch * config.num_views
-    sample = shards.read(0, 0)
+    sample = _first_readable(shards)
     lines = [
         f"launcher: {accelerator.num_processes} rank(s), {accelerator.distributed_type.value}, on {accelerator.device}",
         f"shards: {config.data.shards}, {shards.num_samples} samples in {len(shards.shard_sizes)} shards; "

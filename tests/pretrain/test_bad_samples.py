@@ -176,3 +176,9 @@ def test_one_bad_sample_is_no_reason_to_stop(student_config: Callable[..., Path]
     assert '"data/num_bad": 1' in (tmp_path / "runs" / "student" / "summary.json").read_text()
     config = student_config(**options(sets, max_steps=12, run="longer"))
     refused("--config", config, words=["2 of ", "max_bad_fraction 0.001", str(sets.tar(1))])
+
+
+def test_a_check_names_the_first_sample_that_reads(student_config: Callable[..., Path], sets: Sets) -> None:
+    sets.zeroed_image(0)
+    output = pretrain(student_config(**options(sets)), "--check")
+    assert f"first key {ShardSet(sets.images).key(0, 1)!r} reads" in output
