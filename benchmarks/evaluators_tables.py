@@ -16,8 +16,8 @@ Columns = list[tuple[str, str, int]]
 COMMAND = """python benchmarks/evaluators.py --runs runs/imagenette-contrastive runs/imagenette-attention \\
     --shards data/first_run/shards --labels data/first_run/labels --gaze data/first_run/osie/val \\
     --cifar data/cifar10 --limit 300 --anchor_sizes 64 --finetune_epochs 20 --cifar_finetune_epochs 5
-python benchmarks/evaluators.py --runs runs/imagenette-contrastive runs/imagenette-attention \
-    --shards data/first_run/shards --labels data/first_run/labels --gaze data/first_run/osie/val \
+python benchmarks/evaluators.py --runs runs/imagenette-contrastive runs/imagenette-attention \\
+    --shards data/first_run/shards --labels data/first_run/labels --gaze data/first_run/osie/val \\
     --limit 300 --anchor_sizes 128 --evaluators linear_probe knn retrieval imagenet_c"""
 CLEAN: Columns = [
     ("linear probe", "linear_probe/top1", 2),
