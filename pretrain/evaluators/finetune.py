@@ -18,7 +18,7 @@ from engine.loading import make_loader
 from pretrain.encoder import feature_width
 from pretrain.evaluators.base import Evaluator, Result, Subject
 from pretrain.evaluators.cache import key_digest
-from pretrain.evaluators.classes import class_labels
+from pretrain.evaluators.classes import class_labels, unseen_classes
 from pretrain.evaluators.features import open_bar
 from pretrain.evaluators.linear_probe import accuracies, pair_protocol
 from pretrain.evaluators.prepare import CentreCrop, RandomView
@@ -79,17 +79,17 @@ def plan_arms(config: FinetuneConfig, train: ShardImages, *, seed: int) -> list[
     Raises:
         InputError: see `finetune`.
     """
-    labels = class_labels(train.shards)[train.numbers]
     if config.lists:
         chosen = {path.stem: read_list(path, train) for path in config.lists}
     else:
         if 0 in config.fractions:
             raise InputError("finetune.fractions: 0 is no share of the training set: give shares above 0, 1 for all")
+        labels = class_labels(train.shards)[train.numbers]
         chosen = {f"{100 * share:g}%": stratified(labels, share=share, seed=seed) for share in config.fractions}
     if not chosen:
         raise InputError("finetune: neither fractions nor lists are given")
     for name, numbers in chosen.items():
-        _check_classes(labels[numbers], train, where=f"finetune.lists '{name}'" if config.lists else train.name)
+        _check_classes(train, numbers, where=f"finetune.lists '{name}'" if config.lists else train.name)
     arms = [Arm(name, False, tuple(numbers)) for name, numbers in chosen.items()]
     return arms + ([Arm(f"scratch/{arm.name}", True, arm.numbers) for arm in arms] if config.scratch else [])
 
@@ -108,12 +108,12 @@ def stratified(labels: np.ndarray, *, share: float, seed: int) -> list[int]:
     return sorted(chosen)
 
 
-def _check_classes(labels: np.ndarray, train: ShardImages, *, where: str) -> None:
-    counts = np.bincount(labels[labels >= 0], minlength=len(train.classes))
-    empty = [train.classes[number] for number in np.flatnonzero(counts == 0)]
+def _check_classes(train: ShardImages, numbers: list[int], *, where: str) -> None:
+    empty = unseen_classes(train.shards, train.numbers[numbers])
     if empty:
+        count = f"{len(empty)} of {len(train.classes)}"
         raise InputError(
-            f"{where}: no training image of class '{empty[0]}' ({len(empty)} of {len(counts)} classes have none): give "
+            f"{where}: no training image of class '{empty[0]}' ({count} classes have none): give "
             "at least one of each (a longer list, a larger max_train, or a whole set)"
         )
 
