@@ -20,7 +20,7 @@ RATIO = (3 / 4, 4 / 3)
 TRIES = 10
 JITTER_PROBABILITY = 0.8
 BLUR_SIGMA = (0.1, 2.0)
-LINEAR_FROM, AREA_FROM = 1.2, 2.0
+LINEAR_FROM, HALVED_FROM = 1.2, 2.0
 
 # Columns of a colour vector.
 BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GREY, BLUR, SOLARIZE = range(8)
@@ -167,13 +167,12 @@ class ViewCutter:
             padded=True,
             scratch=self._scratch,
         )
+        boxes: Sequence[Sequence[float]] = crops
         if image.shape[:2] != stored:
-            crops = [_scaled(crop, stored, image.shape) for crop in crops]
-        shape, between = (self.size, self.size), self._padded if image.shape[2] == 4 else None
-        for (top, left, tall, wide), flip, view in zip(crops, flips, out, strict=True):
-            kernel = resize_kernel((tall if tall < wide else wide) / self.size)
-            part = image[top : top + tall, left : left + wide]
-            cv2.resize(part, shape, view if between is None else between, 0, 0, kernel)
+            boxes = [_scaled(crop, stored, image.shape) for crop in crops]
+        between = self._padded if image.shape[2] == 4 else None
+        for box, flip, view in zip(boxes, flips, out, strict=True):
+            resize(image, box, view if between is None else between)
             if between is not None:
                 cv2.cvtColor(between, cv2.COLOR_RGBA2RGB, view)
             if flip:
@@ -190,22 +189,45 @@ class ViewCutter:
         return rows, columns
 
 
-def _scaled(crop: Sequence[int], stored: tuple[int, int], shape: Sequence[int]) -> tuple[int, int, int, int]:
+def _scaled(crop: Sequence[int], stored: tuple[int, int], shape: Sequence[int]) -> tuple[float, ...]:
     """The crop in an image that was decoded smaller than it is stored."""
     top, left, tall, wide = crop
     down, across = shape[0] / stored[0], shape[1] / stored[1]
-    first_row, first_column = round(top * down), round(left * across)
-    rows, columns = round((top + tall) * down) - first_row, round((left + wide) * across) - first_column
-    return first_row, first_column, max(rows, 1), max(columns, 1)
+    return top * down, left * across, tall * down, wide * across
 
 
-def resize_kernel(shrinking: float) -> int:
-    """OpenCV's kernel for a crop whose shorter side is `shrinking` times that of the view.
+def resize(image: np.ndarray, box: Sequence[float], out: np.ndarray) -> None:
+    """Resize what a box shows to the size of `out`.
 
     SimCLR resizes bicubically. OpenCV's kernels do not widen when they shrink: from a factor of 1.2 on its linear one
-    comes closer to an antialiased bicubic resize than its cubic one does, and from 2 on area averaging does; scaled
-    decoding leaves little of that.
+    comes closer to an antialiased bicubic resize than its cubic one does. From 2 on the image is halved first, as often
+    as there are enough pixels: of all areas, squares of two are what OpenCV averages quickly. In an image that was made
+    smaller the box may begin and end between pixels, and is sampled there.
+
+    Args:
+        image: uint8 `(height, width, channels)`.
+        box: top, left, height, width in its pixels; whole numbers, or floats with fractions.
+        out: uint8 `(size, size, channels)`.
     """
-    if shrinking >= AREA_FROM:
-        return cv2.INTER_AREA
-    return cv2.INTER_LINEAR if shrinking >= LINEAR_FROM else cv2.INTER_CUBIC
+    size, (top, left, tall, wide) = len(out), box
+    while (tall if tall < wide else wide) >= HALVED_FROM * size:
+        image, (top, left, tall, wide) = _halved(image, (top, left, tall, wide))
+    if isinstance(top, int) and isinstance(left, int) and isinstance(tall, int) and isinstance(wide, int):
+        kernel = cv2.INTER_LINEAR if (tall if tall < wide else wide) >= LINEAR_FROM * size else cv2.INTER_CUBIC
+        cv2.resize(image[top : top + tall, left : left + wide], (size, size), out, 0, 0, kernel)
+        return
+    down, across = tall / size, wide / size
+    where = np.array([[across, 0, left + across / 2 - 0.5], [0, down, top + down / 2 - 0.5]])
+    cv2.warpAffine(image, where, (size, size), out, cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, cv2.BORDER_REPLICATE)
+
+
+def _halved(image: np.ndarray, box: Sequence[float]) -> tuple[np.ndarray, tuple[float, ...]]:
+    """The part of an image that holds a box, at half the size, and the box in it."""
+    top, left, tall, wide = box
+    first_row, first_column = int(top) // 2 * 2, int(left) // 2 * 2
+    # the last pixel of a side of odd length is left out; the one before it stands for it
+    rows = min(math.ceil((top + tall - first_row) / 2), (image.shape[0] - first_row) // 2)
+    columns = min(math.ceil((left + wide - first_column) / 2), (image.shape[1] - first_column) // 2)
+    part = image[first_row : first_row + 2 * rows, first_column : first_column + 2 * columns]
+    half = cv2.resize(part, (columns, rows), None, 0, 0, cv2.INTER_AREA)
+    return half, ((top - first_row) / 2, (left - first_column) / 2, tall / 2, wide / 2)

@@ -176,11 +176,15 @@ def cut(
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("size", [16, 40, 64, 96, 128])
-def test_a_crop_shows_what_its_box_says(flip: bool, size: int) -> None:
-    """On a gradient image every output pixel's colour tells where it came from, whatever door and kernel it takes."""
+@pytest.mark.parametrize("second", [(0, 0, 100, 130), (9, 7, 12, 15)])
+def test_a_crop_shows_what_its_box_says(flip: bool, size: int, second: tuple[int, ...]) -> None:
+    """On a gradient image every output pixel's colour tells where it came from, whatever door and kernel it takes.
+
+    A tiny second crop keeps the image from being decoded at a smaller scale, so that the first is shrunk here.
+    """
     x, y = np.meshgrid(np.arange(256), np.arange(256))
     image = np.stack([x, y, np.full_like(x, 128)], -1).astype(np.uint8)
-    crops = [(64, 32, 128, 96), (0, 0, 100, 130)]
+    crops = [(64, 32, 128, 96), second, (3, 5, 231, 201)]
     for (top, left, tall, wide), out in zip(
         crops, cut(jpeg(image), crops, stored=(256, 256), size=size, flip=flip), strict=True
     ):
@@ -188,25 +192,27 @@ def test_a_crop_shows_what_its_box_says(flip: bool, size: int) -> None:
         down = top + tall * (np.arange(size) + 0.5) / size - 0.5
         inner = slice(2, -2)
         expected = across[::-1] if flip else across
-        # scaled decoding rounds the crop to the larger pixels of the smaller image
-        assert np.abs(out[inner, inner, 0] - expected[None, inner]).max() < max(3, 0.75 * wide / size)
-        assert np.abs(out[inner, inner, 1] - down[inner, None]).max() < max(3, 0.75 * tall / size)
+        assert np.abs(out[inner, inner, 0] - expected[None, inner]).max() < 3
+        assert np.abs(out[inner, inner, 1] - down[inner, None]).max() < 3
 
 
-@pytest.mark.parametrize("side", [70, 90, 100, 110, 120])
+@pytest.mark.parametrize("side", [70, 90, 100, 110, 120, 192, 240])
 def test_resizing_comes_close_to_antialiased_bicubic(side: int) -> None:
-    """Closer than OpenCV's bicubic kernel alone where the crop shrinks, on a scene with fine texture."""
+    """Closer than OpenCV's bicubic kernel alone where the crop shrinks, on a scene with fine texture.
+
+    A tiny second crop keeps the image from being decoded at a smaller scale.
+    """
     rng = np.random.default_rng(0)
-    texture = [rng.integers(0, 256, (n, n, k), dtype=np.uint8) for n, k in ((8, 3), (24, 1), (60, 1))]
+    texture = [rng.integers(0, 256, (n, n, k), dtype=np.uint8) for n, k in ((16, 3), (48, 1), (120, 1))]
     parts = [Image.fromarray(np.repeat(part, 3 // part.shape[2], axis=2)) for part in texture]
-    scene = np.mean([np.asarray(part.resize((128, 128), Image.Resampling.BICUBIC)) for part in parts], axis=0)
+    scene = np.mean([np.asarray(part.resize((256, 256), Image.Resampling.BICUBIC)) for part in parts], axis=0)
     data = jpeg(scene.astype(np.uint8), quality=90, subsampling=2)
-    out = cut(data, [(3, 5, side, side)], stored=(128, 128), size=64)[0]
+    out = cut(data, [(3, 5, side, side), (0, 0, 40, 40)], stored=(256, 256), size=64)[0]
     crop = decode_rgb(data)[3 : 3 + side, 5 : 5 + side]
     reference = np.asarray(Image.fromarray(crop).resize((64, 64), Image.Resampling.BICUBIC)).astype(float)
     cubic = cv2.resize(crop, (64, 64), interpolation=cv2.INTER_CUBIC)
     error = np.abs(out - reference).mean()
-    assert error < 3
+    assert error < (3 if side < 3 * 64 else 5)
     if side > 1.2 * 64:
         assert error < np.abs(cubic - reference).mean()
 
