@@ -30,6 +30,7 @@ class Subject:
         step: training steps behind it, 0 where unknown.
         statistics: mean and standard deviation per channel of its input.
         cache: folder of cached features; None keeps none.
+        shared: features that one evaluator has computed and the next may take, see `pooled_features`; None keeps none.
     """
 
     config: Config
@@ -43,6 +44,7 @@ class Subject:
     ranks: Ranks
     report: Callable[[str], None]
     cache: Path | None = None
+    shared: dict[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
 
     @property
     def image_size(self) -> int:

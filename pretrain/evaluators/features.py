@@ -148,14 +148,18 @@ def pooled_features(
         prepare: how images become inputs; None takes the probe's centre crop.
 
     Returns:
-        float32 `(num_samples, num_features)` and int64 `(num_samples,)`, on CPU, the same on every rank.
+        float32 `(num_samples, num_features)` and int64 `(num_samples,)`, on CPU, the same on every rank; not to be
+        changed in place, as other evaluators may be given the same tensors.
 
     Raises:
         InputError: no labelled image could be read.
     """
     prepare = prepare or CentreCrop(subject.image_size, probe.crop)
-    ((features, labels),) = pooled_each(subject, probe, [(source, prepare)], title=title)
-    return features, labels
+    shared = {} if subject.shared is None else subject.shared
+    key = (subject.hash, subject.statistics, source.digest, prepare.key)
+    if key not in shared:
+        (shared[key],) = pooled_each(subject, probe, [(source, prepare)], title=title)
+    return shared[key]
 
 
 def pooled_each(
@@ -194,5 +198,6 @@ def view_features(subject: Subject, probe: ProbeConfig, source: ImageSource, *, 
         float32 `(num_samples, num_features)`, the images as `pooled_features` gives them.
     """
     prepare = RandomView(subject.image_size, probe.seed, number)
-    subject = subject if probe.linear.cache_views else replace(subject, cache=None)
+    # shared views would fill the memory: no other evaluator takes them
+    subject = replace(subject, cache=subject.cache if probe.linear.cache_views else None, shared=None)
     return pooled_features(subject, probe, source, prepare=prepare, title=f"view {number + 1} of {count}")[0]

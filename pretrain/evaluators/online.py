@@ -106,6 +106,7 @@ class OnlineEvaluation:
             device=training.accelerator.device,
             ranks=training.ranks,
             report=training.report,
+            shared={},  # as long as the copy itself
         )
 
     def _evaluate(self, evaluator: Evaluator, subject: Subject, step: int) -> None:
