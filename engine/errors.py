@@ -16,8 +16,13 @@ class InputError(ValueError):
 class Fault(Exception):
     """Something outside the user's options ended the run, and the message says all there is to say: exit code 1.
 
-    A final checkpoint that could not be written, a rank that died: no traceback would tell more.
+    A server that does not answer, a final checkpoint that could not be written: no traceback would tell more, and a
+    scheduler may try again.
     """
+
+
+class SaveFault(Fault):
+    """A checkpoint that must not be missing could not be written. All ranks raise it, and the first speaks for them."""
 
 
 class Requeue(Exception):

@@ -47,7 +47,7 @@ def fit(
 
     Raises:
         Requeue: a stop was asked for; the checkpoint is written.
-        Fault: the last checkpoint could not be written.
+        SaveFault: the last checkpoint could not be written.
         FloatingPointError: loss or gradient were not finite in too many steps in a row, on whichever rank.
     """
     meter, guard = Meter(training), StepGuard(training)

@@ -15,7 +15,16 @@ from typing import Any, NoReturn, TypeVar
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from engine.attempts import clear_exit, describe, write_exit
-from engine.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, Fault, InputError, Requeue
+from engine.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_REQUEUE,
+    Fault,
+    InputError,
+    Requeue,
+    SaveFault,
+)
 from engine.settings import LoopConfig
 from engine.stop import StopRequest
 
@@ -156,8 +165,10 @@ def _run(work: Callable[[], None]) -> tuple[int, str]:
     except Requeue as stop:
         # all ranks stop together: the first one speaks for them
         return _complain(f"stopped: {stop}", code=EXIT_REQUEUE) if _rank() == "0" else EXIT_REQUEUE, str(stop)
-    except (Fault, FloatingPointError) as error:
+    except (SaveFault, FloatingPointError) as error:
         return _complain(f"failed: {error}", code=EXIT_FAILED) if _rank() == "0" else EXIT_FAILED, str(error)
+    except Fault as error:
+        return _complain(f"failed: {error}", code=EXIT_FAILED), str(error)
     except KeyboardInterrupt:
         return _complain("interrupted before anything could be saved", code=EXIT_FAILED), "interrupted"
     except Exception as error:  # the last resort: the traceback is the message

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.errors import InputError
+from engine.errors import Fault, InputError
 from engine.pulse import PULSE
 
 # Ranks may share long work out unevenly, an evaluation's for example; who hangs in it is found by engine.watch.
@@ -75,16 +75,19 @@ class Ranks:
         return box[0]
 
     def on_main(self, action: Callable[[], None]) -> None:
-        """Run `action` on rank 0 while the others wait; its InputError is raised on every rank, so all end alike."""
-        message = None
+        """Run `action` on rank 0 while the others wait; its InputError or Fault is raised on all ranks alike."""
+        found: tuple[type[Exception], str] | None = None
         if self.is_main:
             try:
                 action()
             except InputError as error:
-                message = str(error)
-        message = self.broadcast(message)
-        if message is not None:
-            raise InputError(message)
+                found = InputError, str(error)
+            except Fault as error:
+                found = Fault, str(error)
+        found = self.broadcast(found)
+        if found is not None:
+            kind, message = found
+            raise kind(message)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

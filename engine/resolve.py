@@ -68,7 +68,7 @@ def _run(program: Path, words: Sequence[str]) -> str:
     if code not in (0, None):
         # a library's warnings come before, and of a traceback the last line says what it was
         last = (errors.getvalue().strip().splitlines() or [f"{program} ended with code {code}"])[-1]
-        raise InputError(last.removeprefix("error: "))
+        raise InputError(last.removeprefix("error: ").removeprefix("failed: "))
     return output.getvalue()
 
 

@@ -22,7 +22,7 @@ from engine.checkpoint import (
     set_rng_state,
     step_of,
 )
-from engine.errors import EXIT_FAILED, Fault, InputError, Requeue
+from engine.errors import EXIT_FAILED, InputError, Requeue, SaveFault
 from engine.launch import configure_deepspeed
 from engine.loss_scale import LossScale, load_scale, scale_state
 from engine.optim import Schedule, build_optimizer, build_schedule
@@ -100,8 +100,8 @@ class Training:
         assert self.watch is not None
         self.watch.leave("" if kind is None else describe(error), expect_verdict=broken_exchange(error))
         stopped = kind is None or issubclass(kind, Requeue)
-        # a Fault is what waiting has come to
-        failure = self.saver.wait(0.0 if isinstance(error, Fault) else None) if self.saver is not None else ""
+        # a SaveFault is what waiting has come to
+        failure = self.saver.wait(0.0 if isinstance(error, SaveFault) else None) if self.saver is not None else ""
         self.run.flush()
         if self.ranks.is_main:
             mistake = kind is not None and issubclass(kind, InputError)  # the user's, and no crash
@@ -109,7 +109,7 @@ class Training:
             if self.tracker is not None:
                 self.tracker.finish(failed=not stopped)
         if failure and kind is None:
-            raise Fault(failure)
+            raise SaveFault(failure)
 
     def at(self, place: str) -> None:
         """Say to the other ranks what this one does now; "step" where it may have to wait for them."""
@@ -157,13 +157,13 @@ class Training:
         skips the checkpoint.
 
         Raises:
-            Fault: it is the `last` one, which must not be skipped.
+            SaveFault: it is the `last` one, which must not be skipped.
         """
         self.at("saving")
         hindrance = self.ranks.broadcast(self.saver.hindrance(last=last) if self.saver is not None else "")
         self.at("step")
         if hindrance and last:
-            raise Fault(_unsaved(f"the checkpoint of step {step} could not be written: {hindrance}"))
+            raise SaveFault(_unsaved(f"the checkpoint of step {step} could not be written: {hindrance}"))
         if hindrance:
             return
         main = self.ranks.is_main
@@ -187,11 +187,11 @@ class Training:
         """Wait until the last checkpoint is written. Every rank must call it.
 
         Raises:
-            Fault: it could not be written, not even in half an hour.
+            SaveFault: it could not be written, not even in half an hour.
         """
         failure = self.ranks.broadcast(self.saver.wait() if self.saver is not None else "")
         if failure:
-            raise Fault(_unsaved(failure))
+            raise SaveFault(_unsaved(failure))
 
     def _lost(self, verdict: str) -> None:
         """End this process because another rank is lost; the collective it waits in would never return."""

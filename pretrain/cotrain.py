@@ -31,7 +31,6 @@ from pretrain.diagnostics import gradient_norms
 from pretrain.micro_batch import split_batch
 from pretrain.model import StudentOutput
 from pretrain.objective import GRADIENT_IMAGES, MAIN_GRADIENT, Objective, attention_objective
-from shards.faults import RemoteFault
 from shards.gaze import check_gaze, gaze_sigma, parse_target
 from shards.reader import BadSample, ShardSet, Stored
 
@@ -53,7 +52,7 @@ class GazeShards(ShardSet):
         try:
             info = self.read_info(shard, row)
             target = parse_target(info, key=key, sigma=gaze_sigma(self), shard=shard, row=row)
-        except (BadSample, RemoteFault):
+        except BadSample:
             raise
         except ValueError as error:
             raise BadSample(key, self.manifest.files[shard], str(error)) from error

@@ -18,7 +18,6 @@ from pretrain.config import DataConfig, ViewsConfig
 from pretrain.reuse import ArrayPool
 from pretrain.views import ViewCutter, Views, draw_views
 from shards.decode import ImageHeader, image_header
-from shards.faults import RemoteFault
 from shards.location import is_remote
 from shards.map_png import Codes, MapRows, stack_codes
 from shards.order import SampleOrder, StepBatches
@@ -152,8 +151,6 @@ class ViewDataset(Dataset[Batch]):
             if self.map_size and codes.shape != (self.map_size, self.map_size):
                 raise ValueError(f"its label map is {codes.shape}, those of the set are {self.map_size} on a side")
             return _File(stored.image, image_header(stored.image), stored.label, codes)
-        except RemoteFault:  # of the connection, not of the sample: it ends the run, and nothing is left out
-            raise
         except ValueError as error:
             bad[number] = self._reason(position, error)
         return _File(b"", ImageHeader(1, 1, False), -1, np.zeros((self.map_size, self.map_size), dtype=np.uint8))

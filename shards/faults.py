@@ -4,14 +4,14 @@ import errno
 import re
 import ssl
 
-from engine.errors import InputError
+from engine.errors import Fault, InputError
 
 ADVICE = "check the address and the network, then run the same command again"
 # botocore's and google.auth's own words for "who are you": no try will help.
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "NoAuthTokenError", "DefaultCredentialsError")
 
 
-class RemoteFault(InputError):
+class RemoteFault(Fault):
     """A remote set cannot be read now: one line with the URL, what happened, and what to do."""
 
     def __init__(self, message: str) -> None:
@@ -74,7 +74,7 @@ def _status(error: BaseException) -> int | None:
 
 def raise_if_hopeless(error: Exception, *, url: str, described: str) -> None:
     """Raise what no further try can mend."""
-    if isinstance(error, InputError):
+    if isinstance(error, InputError | Fault):
         raise error
     status = _status(error) or 0
     if _distrusts(error):

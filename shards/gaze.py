@@ -14,7 +14,6 @@ from attention.baselines import leave_image_out
 from attention.fixations import pad_fixations
 from attention.maps import fixation_density, inside_image, warp
 from engine.errors import InputError
-from shards.faults import RemoteFault
 from shards.reader import BadSample, ShardSet
 
 METRICS = ("nss", "kld", "cc", "sim", "auc_judd")
@@ -135,8 +134,6 @@ def _targets(
             try:
                 info = shards.read_info(shard, row)
                 target = parse_target(info, key=key, sigma=sigma, shard=shard, row=row)
-            except RemoteFault:
-                raise
             except ValueError:
                 continue
             yield target

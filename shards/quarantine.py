@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.errors import InputError
 from engine.files import atomic_write
-from shards.fetch import DeniedFile, RemoteFault
+from shards.fetch import DeniedFile
 from shards.folder import Folder, open_folder
 from shards.manifest import Manifest
 
@@ -56,8 +56,6 @@ def read_quarantine(where: Path | str | Folder, manifest: Manifest) -> list[BadE
     except (FileNotFoundError, DeniedFile):
         # The manifest of this folder was readable; a bucket that may not be listed says "denied" of what is not there.
         return []
-    except RemoteFault:
-        raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path}: unusable list of bad samples ({str(error)[:100]}): delete it and run shards/verify.py --repair"

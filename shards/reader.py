@@ -15,7 +15,6 @@ from isal import isal_zlib
 
 from attention.maps import decode_map_np
 from engine.errors import InputError
-from shards.faults import RemoteFault
 from shards.fetch import RemoteOptions
 from shards.folder import LocalFolder, open_folder
 from shards.manifest import Manifest, check_labels, read_manifest
@@ -83,7 +82,7 @@ class ShardSet:
 
     Raises:
         InputError: no set, an empty one, or labels that do not belong to these images or this teacher.
-        RemoteFault: an `InputError`, here or when reading: a server that cannot be reached.
+        RemoteFault: a server that cannot be reached, here or when reading.
     """
 
     def __init__(
@@ -200,8 +199,6 @@ class ShardSet:
             value = json.loads(data[BLOCK:])
             if not isinstance(value, dict):
                 raise ValueError("not an object")
-        except RemoteFault:
-            raise
         except (ValueError, OSError, RecursionError) as error:
             raise self._bad_sample(opened, shard, stored, f"its JSON member is unusable ({error})") from error
         return value

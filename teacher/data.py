@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 from attention.maps import inside_image
 from engine.loading import TensorBatch, make_loader
 from shards.decode import decode_rgb, image_size
-from shards.faults import RemoteFault
 from shards.gaze import GazeTarget, parse_target
 from shards.order import StepBatches
 from shards.reader import BadSample
@@ -172,7 +171,7 @@ class GazeDataset(Dataset[GazeBatch]):
                 rng = change_generator(self.seed, epoch=epoch, sample=first + row)
                 change = draw_change(rng, self.augment, size=target.size)
             image = load_image(sample.image, change, stored=target.size, size=self.size)
-        except (BadSample, RemoteFault):
+        except BadSample:
             raise
         except ValueError as error:
             raise BadSample(sample.key, source.shards.manifest.files[shard], str(error)) from error

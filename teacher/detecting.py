@@ -16,7 +16,6 @@ from engine.loading import make_loader
 from engine.progress import ProgressBar, report
 from shards.coco import CocoObjects, from_coco_results
 from shards.decode import decode_rgb
-from shards.faults import RemoteFault
 from shards.labels import label_directory, labels_complete, write_label_shard
 from shards.manifest import OBJECT_ENCODING
 from shards.objects import OBJECTS, coco_masks
@@ -225,8 +224,6 @@ def write_results(
             for row in range(int(images.shard_sizes[shard])):
                 try:
                     stored.append(_stored(results, images, shard, row))
-                except RemoteFault:
-                    raise
                 except ValueError as error:
                     failed.append(str(error))
             if len(failed) > config.max_bad_fraction * total:

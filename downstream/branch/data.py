@@ -17,7 +17,6 @@ from downstream.config import DataConfig
 from engine.errors import InputError
 from engine.progress import ProgressBar
 from shards.decode import decode_rgb
-from shards.faults import RemoteFault
 from shards.opening import BadSample
 from shards.order import stable_permutation
 from shards.reader import ShardSet
@@ -159,8 +158,6 @@ def _read(shards: ShardSet, shard: int, row: int, *, into: np.ndarray) -> "_Read
     try:
         sample = shards.read(shard, row)
         found = decode_rgb(sample.image)
-    except RemoteFault:
-        raise
     except BadSample as error:
         return str(error)
     except ValueError as error:

@@ -16,7 +16,6 @@ from engine.errors import InputError
 from engine.files import sha256_of
 from shards.coco import from_coco_results
 from shards.decode import image_size
-from shards.faults import RemoteFault
 from shards.keys import make_key
 from shards.objects import ObjectMask, read_objects
 from shards.opening import BadSample
@@ -181,8 +180,6 @@ class LabelledObjects:
         try:
             found = json.loads(self.shards.read_label(shard, row) or b"{}")
             return {str(one["category"]) for one in found.get("objects", ())}
-        except RemoteFault:
-            raise
         except (ValueError, TypeError, KeyError, AttributeError):
             return set()
 

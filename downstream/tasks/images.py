@@ -16,7 +16,6 @@ from downstream.protocol import AttentionModel, Examples, Inputs
 from engine.errors import InputError
 from pretrain.encoder import load_encoder
 from shards.decode import decode_rgb
-from shards.faults import RemoteFault
 from shards.reader import ShardSet
 
 
@@ -115,8 +114,6 @@ def read_images(shards: ShardSet, *, size: int, seed: int, limit: int | None) ->
         try:
             sample = shards.read(shard, row)
             pixels = decode_rgb(sample.image)
-        except RemoteFault:
-            raise
         except ValueError:
             continue
         if sample.label < 0:

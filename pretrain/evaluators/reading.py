@@ -21,7 +21,6 @@ from pretrain.evaluators.cache import Outputs, PartCache, key_digest
 from pretrain.evaluators.prepare import Corrupted, Prepare, RandomView
 from pretrain.evaluators.sources import ImageSource
 from pretrain.probe_config import ProbeConfig
-from shards.faults import RemoteFault
 
 READ_AHEAD = 64  # images that a loader process hands over at a time
 UNREADABLE = -2
@@ -82,8 +81,6 @@ def read_images(source: ImageSource, prepare: Prepare, numbers: list[int], *, si
             else:
                 pixels[i] = prepare(image, number)
             labels[i] = label
-        except RemoteFault:
-            raise
         except ValueError:
             continue
     if found and isinstance(prepare, RandomView):

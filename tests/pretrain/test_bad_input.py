@@ -17,15 +17,15 @@ from tests.tools import REPOSITORY, accelerate, run_python
 MAIN = REPOSITORY / "pretrain" / "main.py"
 
 
-def refused(*arguments: object, words: list[str], runs: Path | None = None) -> None:
-    """The program, run in this process: what it writes to stderr is one line, and its exit code is 2."""
+def refused(*arguments: object, words: list[str], runs: Path | None = None, code: int = 2) -> None:
+    """The program, run in this process: what it writes to stderr is one line, and its exit code is `code`."""
     errors = io.StringIO()
     argv = [str(MAIN), *map(str, arguments)]
     with mock.patch.object(sys, "argv", argv), redirect_stderr(errors), pytest.raises(SystemExit) as left:
         runpy.run_path(str(MAIN), run_name="__main__")
-    assert left.value.code == 2, errors.getvalue()
+    assert left.value.code == code, errors.getvalue()
     lines = [line for line in errors.getvalue().splitlines() if line]
-    assert len(lines) == 1 and lines[0].startswith("error: "), errors.getvalue()
+    assert len(lines) == 1 and lines[0].startswith("error: " if code == 2 else "failed: "), errors.getvalue()
     assert all(word in lines[0] for word in words), lines[0]
     if runs is not None:
         assert not runs.exists(), "a refused run left its folder"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engine.program import parse_config
+from engine.requeue import judge
 from pretrain.config import Config
 from pretrain.trainer import open_data, train
 from tests.conftest import TEACHER, TinySample
@@ -76,10 +77,10 @@ def test_a_failing_server_changes_nothing_about_the_training(
 
 
 @pytest.mark.parametrize(
-    ("fault", "words"),
+    ("fault", "code", "words"),
     [
-        ("stale", ["samples could not be read (data.max_bad_fraction 0.001)", ": sample ", "not the bytes that"]),
-        ("503", ["HTTP status 503", "gave up after 3 tries", "run the same command again"]),
+        ("stale", 2, ["samples could not be read (data.max_bad_fraction 0.001)", ": sample ", "not the bytes that"]),
+        ("503", 1, ["HTTP status 503", "gave up after 3 tries", "run the same command again"]),
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1])
@@ -89,10 +90,11 @@ def test_a_fault_that_lasts_is_one_clear_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     fault: str,
+    code: int,
     words: list[str],
     workers: int,
 ) -> None:
-    """A server that does not answer is no fault of the samples: none of them is counted as bad."""
+    """A server that does not answer is no fault of the samples: none is counted as bad, and a job is requeued."""
     answer = web.next_fault
 
     def spoil_shards(path: str, byte_range: str) -> str:
@@ -101,4 +103,7 @@ def test_a_fault_that_lasts_is_one_clear_line(
 
     monkeypatch.setattr(web, "next_fault", spoil_shards)
     given = on_web(web, tmp_path, arm="contrastive", data__remote__retries=2, loop__num_workers=workers)
-    refused("--config", student_config(**given), words=[f"http://127.0.0.1:{web.port}/train/shard-00000", *words])
+    config = student_config(**given)
+    refused("--config", config, code=code, words=[f"http://127.0.0.1:{web.port}/train/shard-00000", *words])
+    run = read(config).runs / read(config).run
+    assert judge(run, 1).code == (2 if code == 2 else 75)

@@ -67,7 +67,7 @@ def test_training_reads_the_same_from_a_failing_s3(
 def test_a_fault_that_lasts_is_one_clear_line(web: SpoilingProxy, fault: str, workers: int) -> None:
     remote = on_web(web, retries=2, timeout_s=0.3)
     web.faults = [fault]
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(RemoteFault) as caught:
         trained_on(remote, workers=workers)
     message = str(caught.value)
     assert "\n" not in message and message.startswith(f"http://127.0.0.1:{web.port}/set/shard-"), message
@@ -219,7 +219,7 @@ def test_redirects_lead_to_http_only(alone: None, target: str) -> None:
     handler = type("Handler", (Redirecting,), {"target": target})
     with HTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        with pytest.raises(InputError, match="manifest") as caught:
+        with pytest.raises(RemoteFault, match="manifest") as caught:
             ShardSet(f"http://127.0.0.1:{server.server_address[1]}/set", remote=options(retries=1))
         server.shutdown()
     assert "\n" not in str(caught.value)
