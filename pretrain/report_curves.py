@@ -1,9 +1,11 @@
 """The drawings of a report: training, robustness by severity, retrieval."""
 
+import base64
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from engine.dashboard import CURVES, EVERYTHING
@@ -15,19 +17,43 @@ from pretrain.report_runs import Group
 Curve = tuple[list[float], list[float]]
 MOST_POINTS = 400  # of a curve
 MOST_POINTS_DRAWN = 1600  # of all curves of a drawing, which has to fit into the page with some thirty others
+MOST_ROWS = 30  # drawn: as many lines can be told apart, and as many pictures stand in a row of the gallery
 MOST_PARTS = 3  # of a metric's name: online/<evaluator>/<metric>, not a drawing for each corruption and severity
 PARTIAL = " (partial)"
 
 
-def add_training_curves(page: Page, groups: Sequence[Group], teacher: RunFolder | None) -> None:
+@dataclass
+class Room:
+    """Bytes that the drawings of a page may still take."""
+
+    num_bytes: int
+
+    def take(self, num_bytes: int) -> bool:
+        """Whether so many bytes found room."""
+        fits = num_bytes <= self.num_bytes
+        self.num_bytes -= num_bytes if fits else 0
+        return fits
+
+
+def first_rows(groups: Sequence[Group]) -> tuple[Sequence[Group], str]:
+    """The rows that are drawn, and a sentence where they are not all."""
+    if len(groups) <= MOST_ROWS:
+        return groups, ""
+    note = f"The first {MOST_ROWS} of {len(groups)} rows: to see others here, name their runs first."
+    return groups[:MOST_ROWS], note
+
+
+def add_training_curves(page: Page, groups: Sequence[Group], teacher: RunFolder | None, room: Room) -> None:
     """What one run of each group logged, in the sections that the W&B workspace has."""
-    students = {group.label: logged_curves(group.runs[0]) for group in groups}
+    drawn, note = first_rows(groups)
+    notes = [note, "The first run of each row." if any(len(group.runs) > 1 for group in drawn) else ""]
+    students = {group.label: logged_curves(group.runs[0]) for group in drawn}
     for section, panels in CURVES.items():
         if section != "Teacher":
-            _add_section(page, section, panels, students, several=any(len(group.runs) > 1 for group in groups))
+            _add_section(page, section, panels, students, notes=notes, room=room)
         elif teacher is not None:
             panels = {"loss": ["train/loss"], **panels}
-            _add_section(page, section, panels, {"teacher": logged_curves(teacher)}, several=False)
+            _add_section(page, section, panels, {"teacher": logged_curves(teacher)}, notes=(), room=room)
 
 
 def _add_section(
@@ -36,33 +62,36 @@ def _add_section(
     panels: Mapping[str, Sequence[str] | str],
     runs: Mapping[str, Mapping[str, Curve]],
     *,
-    several: bool,
+    notes: Sequence[str],
+    room: Room,
 ) -> None:
     """The panels' metrics, as far as a run logged them; what no panel names for itself is folded."""
     named = _titles({title: metrics for title, metrics in panels.items() if title != EVERYTHING}, runs)
     rest = {key: title for key, title in _titles(panels, runs).items() if key not in named}
     if named or rest:
         page.heading(f"During training: {section.lower()}")
-        if several:
-            page.paragraph("The first run of each row.")
+        for note in filter(None, notes):
+            page.paragraph(note)
     for titles, folded in ((named, ""), (rest, "More of the evaluators")):
         curves = {t: {run: logged[key] for run, logged in runs.items() if key in logged} for key, t in titles.items()}
-        _add(page, curves, styles=line_styles(list(runs)), x_label="step", folded=folded)
+        _add(page, curves, styles=line_styles(list(runs)), x_label="step", room=room, folded=folded)
 
 
-def add_severity_curves(page: Page, groups: Sequence[Group]) -> None:
+def add_severity_curves(page: Page, groups: Sequence[Group], room: Room) -> None:
     """Accuracy and movement of the attention by severity; a curve over fewer than 15 corruptions says so."""
+    drawn, note = first_rows(groups)
     found = {
-        "top-1, %, mean over the corruptions": severity_curves(groups, "imagenet_c", ""),
-        "KLD to the clean image's map, nats, mean over the corruptions": severity_curves(groups, "robust_gaze", "/kld"),
+        "top-1, %, mean over the corruptions": severity_curves(drawn, "imagenet_c", ""),
+        "KLD to the clean image's map, nats, mean over the corruptions": severity_curves(drawn, "robust_gaze", "/kld"),
     }
-    _add(page, found, styles=line_styles([group.label for group in groups]), x_label="severity")
+    _add(page, found, styles=line_styles([group.label for group in drawn]), x_label="severity", room=room, note=note)
 
 
-def add_retrieval_curves(page: Page, groups: Sequence[Group]) -> None:
+def add_retrieval_curves(page: Page, groups: Sequence[Group], room: Room) -> None:
     """Precision at each recall level, mean over a group's runs."""
-    found = {"precision, mean over queries": {group.label: precision_recall(group) for group in groups}}
-    _add(page, found, styles=line_styles([group.label for group in groups]), x_label="recall")
+    drawn, note = first_rows(groups)
+    found = {"precision, mean over queries": {group.label: precision_recall(group) for group in drawn}}
+    _add(page, found, styles=line_styles([group.label for group in drawn]), x_label="recall", room=room, note=note)
 
 
 def drawn_tables(groups: Sequence[Group]) -> dict[str, tuple[list[str], list[list[Any]]]]:
@@ -143,10 +172,12 @@ def _add(
     *,
     styles: Mapping[str, LineStyle],
     x_label: str,
+    room: Room,
     folded: str = "",
+    note: str = "",
 ) -> None:
-    """Add a drawing for each title that has a curve; a label's line is that of its group."""
-    shown, legend = [], dict[str, LineStyle]()
+    """Add a drawing for each title that has a curve and finds room; a label's line is that of its group."""
+    shown, legend, left_out = [], dict[str, LineStyle](), []
     for title, curves in drawings.items():
         drawn = {label: curve for label, curve in curves.items() if curve[0]}
         own = {label: styles[label.removesuffix(PARTIAL)] for label in drawn}
@@ -156,7 +187,15 @@ def _add(
         }
         if drawn:
             svg = curves_svg(thin, x_label=x_label, y_label="", styles=own)
-            shown.append((svg, f"{title} by {x_label} of {', '.join(drawn)}", title))
-            legend |= own
+            alt = f"{title} by {x_label} of {', '.join(drawn)}"
+            if room.take(len(base64.b64encode(svg)) + len(alt)):
+                shown.append((svg, alt, title))
+                legend |= own
+            else:
+                left_out.append(title)
+    if note and (shown or left_out):
+        page.paragraph(note)
     if shown:
         page.plots(shown, legend=legend, folded=folded)
+    if left_out:
+        page.paragraph(f"Not drawn, as the page would be too large: {', '.join(left_out)}.")

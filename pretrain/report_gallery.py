@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from engine.page import Page, Picture, blending_row, overlay
 from engine.runs import RunFolder
 from pretrain.report_config import ReportConfig
+from pretrain.report_curves import first_rows
 from pretrain.report_runs import Group
 from shards.decode import decode_rgb
 from shards.gaze import GazeTarget, load_targets
@@ -26,6 +27,7 @@ def add_gallery(
     """Add up to `config.num_pictures` rows, as many as fit into `most_bytes` of the page, the cases in proportion."""
     assert config.gaze is not None
     gaze = ShardSet(config.gaze)
+    groups, note = first_rows(groups)
     maps = _all_maps(groups, teacher)
     every = load_targets(gaze)
     targets = [t for t in every if maps and all(t.key in found for found in maps.values())]
@@ -50,6 +52,8 @@ def add_gallery(
         num_shown += len(rows)
         if rows:
             page.blending_gallery(columns, rows, caption=title.format(judge=judge))
+    if note:
+        page.paragraph(note)
     if num_shown < wanted:
         page.paragraph(f"{num_shown} of {wanted} pictures: more would make the page too large.")
 

@@ -8,7 +8,7 @@ import yaml
 from engine.page import Page
 from engine.runs import RunFolder, flatten
 from pretrain.report_runs import config_of
-from pretrain.report_tables import TableOf
+from pretrain.report_tables import Numbers, TableOf, add_table
 
 # Of a protocol, what differs between runs that were nevertheless measured alike: names, and beginnings of names.
 FREE = ("encoder", "commit", "learning_rate", "map", "complete", "missing", "conditions", "clean_top1")
@@ -39,18 +39,27 @@ def origin_tables(runs: Sequence[RunFolder]) -> list[TableOf]:
     return [*tables, TableOf("origins", "Where the runs came from", caption, ["", *names], body)]
 
 
-def add_origin(page: Page, runs: Sequence[RunFolder]) -> None:
-    """Add the tables of `origin_tables`, and what lies in the run folders, folded."""
+def add_origin(page: Page, runs: Sequence[RunFolder], sentences: Sequence[str], numbers: Numbers) -> None:
+    """Add the tables of `origin_tables`, the `sentences` of `unlike` under the first."""
     for number, table in enumerate(origin_tables(runs)):
-        page.heading(table.title)
-        for sentence in unlike(runs) if number == 0 else ():
-            page.paragraph(sentence)
-        rows = [[str(cell) for cell in row] for row in table.rows]
-        page.table(table.columns, rows, caption=table.caption if table.rows else "Nothing.")
-    for run in runs:
+        add_table(page, table, numbers, before=sentences if number == 0 else ())
+
+
+def add_details(page: Page, runs: Sequence[RunFolder], *, most_bytes: int) -> None:
+    """Add what lies in the run folders, folded, of the first runs that fit into `most_bytes`."""
+    for number, run in enumerate(runs):
         summary = run.read_summary()
         whole = {key: summary.get(key) for key in ("data", "protocols", "environment")}
-        page.folded(f"All of {run.name}", yaml.safe_dump(whole | {"config": config_of(run)}, sort_keys=False))
+        details = Page("")
+        details.folded(f"All of {run.name}", yaml.safe_dump(whole | {"config": config_of(run)}, sort_keys=False))
+        most_bytes -= len("".join(details.parts).encode())
+        if most_bytes < 0:
+            page.paragraph(
+                f"All of the last {len(runs) - number} of {len(runs)} runs would make the page too large: see "
+                "config.yaml and summary.json in their folders."
+            )
+            return
+        page.parts += details.parts
 
 
 def protocol_rows(runs: Sequence[RunFolder]) -> list[list[Any]]:

@@ -102,6 +102,11 @@ def open_groups(runs: Sequence[RunFolder]) -> list[Group]:
     ]
 
 
+def runs_of(groups: Sequence[Group]) -> list[RunFolder]:
+    """All runs of all rows, row by row."""
+    return [run for group in groups for run in group.runs]
+
+
 def config_of(run: RunFolder) -> dict[str, Any]:
     """The run's config; empty for an encoder from elsewhere: results without a config, or a run of no steps."""
     summary = run.read_summary()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from engine.page import Grey
+from engine.page import Grey, Page
 from pretrain.evaluators.registry import OWN
 from pretrain.report_runs import Group
 
@@ -105,6 +105,10 @@ class Numbers:
                 found += [teacher[name] for name in (f"{baseline}/{metric}",) if name in teacher]
                 if found:
                     self.metrics[f"{baseline}/{metric}"] = found[0]
+        for group in groups:  # the linear probe of untrained weights, from the last group that measured it
+            floor = group.values.get("linear_probe/random_init_top1")
+            if floor is not None:
+                self.metrics["random init/linear_probe/top1"] = floor.mean
 
     def text(self, cell: Cell | str | None) -> str:
         """A cell as page and text show it."""
@@ -115,6 +119,18 @@ class Numbers:
         if deviation is not None:
             text += f" ± {deviation:.{cell.digits}f}"
         return f"{text} ({cell.note})" if cell.note else text
+
+    def texts(self, table: TableOf) -> list[list[str]]:
+        """A table's rows as page and text show them."""
+        return [[self.text(cell) for cell in row] for row in table.rows]
+
+
+def add_table(page: Page, table: TableOf, numbers: Numbers, *, before: Sequence[str] = ()) -> None:
+    """Add a table under its own heading, behind the paragraphs `before`."""
+    page.heading(table.title)
+    for paragraph in before:
+        page.paragraph(paragraph)
+    page.table(table.columns, numbers.texts(table), caption=table.caption if table.rows else "Nothing.")
 
 
 def group_cell(group: Group, name: str, *, digits: int = 2, note: str = "") -> Cell | None:
@@ -183,7 +199,6 @@ def overview(groups: Sequence[Group], numbers: Numbers) -> TableOf:
         row |= {name: group_cell(group, name, digits=digits) for name, (_, digits) in wanted.items()}
         row["imagenet_c/mce"] = row["imagenet_c/mce"] if group.on_imagenet else None
         rows.append(row | {"published": published(group)})
-    _add_floor(groups, numbers)
     for label, prefix in (("random init", "random init/"), ("teacher", "teacher/"), ("centre bias", "centre_bias/")):
         keys = {name: prefix + name.removeprefix("attention/" if label == "centre bias" else "") for name in wanted}
         found = {name: Cell(key, wanted[name][1]) for name, key in keys.items() if key in numbers.metrics}
@@ -239,11 +254,3 @@ def others(groups: Sequence[Group]) -> list[TableOf]:
 def _num_runs(group: Group) -> str:
     lacking = sum(not run.summary_file.is_file() for run in group.runs)
     return f"{len(group.runs)}{f' ({lacking} not finished)' if lacking else ''}"
-
-
-def _add_floor(groups: Sequence[Group], numbers: Numbers) -> None:
-    """The linear probe of untrained weights, from the last group that measured it."""
-    for group in groups:
-        floor = group.values.get("linear_probe/random_init_top1")
-        if floor is not None:
-            numbers.metrics["random init/linear_probe/top1"] = floor.mean

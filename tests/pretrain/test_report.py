@@ -19,6 +19,7 @@ from engine.runs import RunFolder
 from pretrain.comparison import compare
 from pretrain.evaluators.corruptions import COMMON
 from pretrain.report_config import ReportConfig
+from pretrain.report_curves import Room, add_training_curves
 from pretrain.report_gallery import add_gallery, choose_cases
 from pretrain.report_runs import open_groups
 from tests.conftest import TinySample
@@ -237,17 +238,60 @@ def test_a_run_that_is_not_finished_is_shown_as_such(tmp_path: Path) -> None:
 def test_the_page_of_many_rows_stays_under_five_megabytes(tmp_path: Path, tiny_sample: TinySample) -> None:
     """The gallery takes what the rest of the page leaves, of each kind of cases some; the rest is whole."""
     names = [f"arm{number}" for number in range(24)]
-    first = write_student(tmp_path, names[0], gaze=tiny_sample.gaze, watched=True)
-    config = (first / "config.yaml").read_text()
-    for number, name in enumerate(names[1:]):
-        shutil.copytree(first, tmp_path / name, ignore=shutil.ignore_patterns("config.yaml"), copy_function=os.link)
-        (tmp_path / name / "config.yaml").write_text(f"{config}temperature: 0.{number + 11}\n")
+    copy_student(write_student(tmp_path, names[0], gaze=tiny_sample.gaze, watched=True), names[1:])
     compare(ReportConfig("r", tmp_path, names, None, tiny_sample.gaze, 20))
     page = (tmp_path / "r" / "report" / "index.html").read_text()
     assert 4_000_000 < len(page.encode()) < 5_000_000
     assert "of 20 pictures: more would make the page too large" in page
     assert "Worst cases" in page and "Best cases" in page and page.count('class="plot"') == 27
     assert Tables(page).rows(heading="linear top-1 %").keys() == {*names, "random init"}
+
+
+def test_the_page_of_hundreds_of_runs_stays_under_five_megabytes_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    """Drawings hold the first rows, tables the first that fit; the text beside the page holds all."""
+    names = [f"{'of-a-sweep-' * 11}{number:03}" for number in range(300)]
+    first = write_student(tmp_path, names[0])
+    summary = json.loads((first / "summary.json").read_text())
+    for number in range(10):
+        summary["protocols"][f"other{number}"] = {"readout_a_long_option": "of many words " * 10}
+        summary["metrics"][f"other{number}/score"] = 1.0
+    summary["environment"]["packages"] = {f"package{number}": "1.2.3" for number in range(300)}
+    (first / "summary.json").write_text(json.dumps(summary))
+    copy_student(first, names[1:])
+    compare(ReportConfig("r", tmp_path, names, None, None))
+    page = (tmp_path / "r" / "report" / "index.html").read_text()
+    assert 4_000_000 < len(page.encode()) < 5_000_000
+    shown = list(Tables(page).rows(heading="linear top-1 %"))[:-1]  # the last row: untrained weights
+    assert 100 < len(shown) < len(names) and shown == names[: len(shown)]
+    rows = f"in {len(shown)} of {len(names)} rows"
+    assert (
+        f"Of {len(names)} runs, the first {len(shown)} are on this page, {rows}: more would make it too large" in page
+    )
+    assert page.count(f"The first 30 of {len(shown)} rows") == 4 and f'by step of {", ".join(names[:30])}"' in page
+    folded = page.count("<summary>All of ")
+    assert folded > 0 and f"All of the last {len(shown) - folded} of {len(shown)} runs would make" in page
+    text = (tmp_path / "r" / "report" / "summary.md").read_text()
+    assert all(f"| {name} | 1 | 60.00 |" in text and f"| {name} | knn |" in text for name in names)
+
+
+def test_drawings_that_find_no_room_are_named(tmp_path: Path) -> None:
+    groups = open_groups([RunFolder(write_student(tmp_path, "one"))])
+    page = Page("none")
+    add_training_curves(page, groups, None, Room(60_000))
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", page.text())
+    left_out = re.findall(r"Not drawn, as the page would be too large: (.*?)\.</p>", page.text())
+    assert 0 < len(titles) < 5 and len(page.text().encode()) < 75_000
+    assert {*titles, *", ".join(left_out).split(", ")} == {
+        *("loss", "NT-Xent", "attention loss", "images per second", "share of time waiting for data")
+    }
+
+
+def copy_student(first: Path, names: list[str]) -> None:
+    """Runs beside the first that differ from it in one option."""
+    config = (first / "config.yaml").read_text()
+    for number, name in enumerate(names):
+        shutil.copytree(first, first.parent / name, ignore=shutil.ignore_patterns("config.yaml"), copy_function=os.link)
+        (first.parent / name / "config.yaml").write_text(f"{config}temperature: 0.{number + 1000}\n")
 
 
 def test_maps_of_another_set_are_not_shown(runs: Path, tiny_sample: TinySample, tmp_path: Path) -> None:
