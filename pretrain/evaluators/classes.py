@@ -4,7 +4,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from shards.fetch import RemoteOptions
 from shards.folder import open_folder
 from shards.index import IndexFault
 from shards.opening import read_shard_index
@@ -13,7 +12,10 @@ from shards.reader import ShardSet
 
 def class_labels(shards: ShardSet) -> np.ndarray:
     """Class of every usable sample: `(num_samples,)`, -1 for none and in an index that cannot be read."""
-    return _read_labels(str(shards.root), shards.digest, shards.remote)
+    kept = _kept(str(shards.root), shards.digest)
+    if not kept:
+        kept.append(_read_labels(shards))
+    return kept[0]
 
 
 def unseen_classes(shards: ShardSet, numbers: np.ndarray | None = None) -> list[str]:
@@ -26,9 +28,15 @@ def unseen_classes(shards: ShardSet, numbers: np.ndarray | None = None) -> list[
 
 
 @lru_cache(maxsize=4)
-def _read_labels(root: str, digest: str, remote: RemoteOptions | None) -> np.ndarray:
-    """See `class_labels`; read once for all evaluators. `digest`: which content of the folder they are of."""
-    shards, folder, labels = ShardSet(root, remote=remote), open_folder(root, remote=remote), []
+def _kept(root: str, digest: str) -> list[np.ndarray]:
+    """Where the labels of a folder with that content stay once they are read: the set itself, with its open files,
+    does not."""
+    return []
+
+
+def _read_labels(shards: ShardSet) -> np.ndarray:
+    """See `class_labels`."""
+    folder, labels = open_folder(shards.root, remote=shards.remote), []
     for shard, size in enumerate(shards.shard_sizes.tolist()):
         try:
             index = read_shard_index(folder, shards.manifest, shard)
@@ -36,8 +44,8 @@ def _read_labels(root: str, digest: str, remote: RemoteOptions | None) -> np.nda
             labels.append(np.full(size, -1))
             continue
         if len(index) > size:  # some are in the list of bad samples
-            usable = set(shards.keys(shard))
-            labels.append(index.label[[key in usable for key in shards.stored_keys(shard)]])
+            usable, stored = set(shards.keys(shard)), index.keys()
+            labels.append(index.label[[key in usable for key in stored]])
         else:
             labels.append(index.label)
     return np.concatenate(labels)

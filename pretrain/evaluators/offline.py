@@ -125,7 +125,7 @@ def write_locked(run: RunFolder, evaluator: Evaluator, result: Result, subject: 
         _, data = cv2.imencode(".png", picture[..., ::-1])
         atomic_write(folder / f"{evaluator.name}-{name}.png", data.tobytes())
     protocols = run.read_summary().get("protocols", {})
-    whole = measured_on(evaluator, result, subject, config)
+    whole = measured_on(result, subject, train_limits(evaluator, config))
     protocols[evaluator.name] = {"encoder": subject.hash, "commit": git_commit()} | whole
     metrics = {f"{evaluator.label}/{name}": float(value) for name, value in result.metrics.items()}
     _drop_stale(run, f"{evaluator.label}/", keep=metrics)
@@ -133,14 +133,18 @@ def write_locked(run: RunFolder, evaluator: Evaluator, result: Result, subject: 
     write_json(mark, options_key(evaluator, subject, config))
 
 
-def measured_on(evaluator: Evaluator, result: Result, subject: Subject, config: ProbeConfig) -> dict[str, Any]:
-    """A result's protocol, and what belongs into every one: input size, classes that max_train leaves no image."""
-    limits = {}
-    if "train" in evaluator.needs:
-        train = train_images(config)
-        unseen = unseen_classes(train.shards, train.numbers)
-        limits = {"classes_without_training_images": len(unseen)} if unseen else {}
+def measured_on(result: Result, subject: Subject, limits: dict[str, int]) -> dict[str, Any]:
+    """A result's protocol, and what belongs into every one: input size, `train_limits`."""
     return {"image_size": subject.image_size} | result.protocol | limits
+
+
+def train_limits(evaluator: Evaluator, config: ProbeConfig) -> dict[str, int]:
+    """For protocols: the number of classes that max_train leaves without a training image; empty where all have one."""
+    if "train" not in evaluator.needs:
+        return {}
+    train = train_images(config)
+    unseen = unseen_classes(train.shards, train.numbers)
+    return {"classes_without_training_images": len(unseen)} if unseen else {}
 
 
 def options_key(evaluator: Evaluator, subject: Subject, config: ProbeConfig) -> dict[str, str]:

@@ -17,7 +17,7 @@ from engine.files import append_lines, atomic_write, read_lines
 from engine.loop import Hook, Training
 from pretrain.config import Config
 from pretrain.evaluators.base import Evaluator, Result, Subject
-from pretrain.evaluators.offline import measured_on
+from pretrain.evaluators.offline import measured_on, train_limits
 from pretrain.evaluators.registry import pick
 from pretrain.evaluators.sources import check_needs, limit_notes
 from pretrain.evaluators.subjects import state_hash
@@ -67,6 +67,7 @@ class OnlineEvaluation:
         if training is not None and training.ranks.is_main:
             file = training.run.path / "probe" / "online.jsonl"
             self.records = Records(file, after=training.step, report=training.report)
+            self.limits = {evaluator.name: train_limits(evaluator, probe) for evaluator in evaluators}
 
     def __call__(self, step: int) -> None:
         """Evaluate after `step` steps."""
@@ -118,7 +119,7 @@ class OnlineEvaluation:
                 {f"online/{evaluator.label}/{name}": value for name, value in result.metrics.items()}, step=step
             )
         if self.records is not None:
-            protocol = measured_on(evaluator, result, subject, self.probe)
+            protocol = measured_on(result, subject, self.limits[evaluator.name])
             self.records.add(step, evaluator, result, encoder=subject.hash, protocol=protocol)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in list(result.metrics.items())[:6])
         seconds = time.monotonic() - started

@@ -13,7 +13,7 @@ from pretrain.evaluators.classes import class_labels
 from pretrain.evaluators.offline import check_probe, probe_run
 from pretrain.evaluators.sources import ShardImages, labelled_pair, train_images
 from pretrain.probe_config import ProbeConfig
-from shards.quarantine import BadEntry, write_quarantine
+from shards.quarantine import FILE_NAME, BadEntry, write_quarantine
 from shards.reader import ShardSet
 from tests.conftest import TinySample
 
@@ -39,6 +39,14 @@ def test_a_class_without_training_images_is_refused(probe: Make, tiny_sample: Ti
     for config in (probe(train=shards.root), probe(train=shards.root, max_train=9)):
         with pytest.raises(InputError, match=f"no training image of class '{shards.classes[2]}'"):
             labelled_pair(config)
+
+
+def test_the_labels_of_an_open_set_are_read_without_opening_it_again(tiny_sample: TinySample, tmp_path: Path) -> None:
+    shards = without_class(tiny_sample.train, tmp_path / "train", 2)
+    expected = [ShardImages(shards).read(number)[1] for number in range(shards.num_samples)]
+    for name in ("manifest.json", FILE_NAME):
+        (tmp_path / "train" / name).unlink()
+    assert class_labels(shards).tolist() == expected
 
 
 def test_classes_that_max_train_leaves_out_are_marked(probe: Make, tmp_path: Path) -> None:

@@ -14,12 +14,16 @@ import pytest
 from engine.errors import InputError
 from engine.files import sha256_of
 from engine.loop import Training
+from engine.program import parse_config
 from pretrain.config import Config
 from pretrain.evaluators.base import Result
 from pretrain.evaluators.offline import check_probe, probe_run
 from pretrain.evaluators.online import Records, online_hooks, online_probe
 from pretrain.evaluators.registry import OWN, known_names, pick
+from pretrain.evaluators.sources import ShardImages
 from pretrain.probe_config import KnnConfig, OnlineConfig, ProbeConfig
+from pretrain.trainer import train
+from shards.reader import ShardSet
 from tests.conftest import TinySample
 from tests.pretrain.runs import pretrain
 from tests.tools import REPOSITORY, run_python
@@ -180,6 +184,32 @@ def test_training_is_bit_equal_with_and_without_evaluators(
     last = next(line for line in reversed(online) if "online/brightness/mean" in line)
     metrics = json.loads((runs / "watched" / "summary.json").read_text())["metrics"]
     assert metrics["brightness/mean"] == pytest.approx(last["online/brightness/mean"], rel=1e-5)
+
+
+ONE_TIME = """
+from pathlib import Path
+from pretrain.evaluators.base import Evaluator, Result
+
+def run(subject, probe):
+    Path(probe.train, "manifest.json").unlink(missing_ok=True)
+    return Result({"one": 1.0}, {})
+
+evaluator = Evaluator("brightness", needs=("train",), run=run)
+"""
+
+
+def test_the_training_set_is_not_opened_again_to_say_what_was_measured(
+    third_party: Path, student_config: Callable[..., Path], tiny_sample: TinySample, tmp_path: Path
+) -> None:
+    """An evaluator that takes the set's manifest away: the records say how many classes max_train leaves out."""
+    (third_party / "bright_features.py").write_text(ONE_TIME)
+    images = ShardImages(ShardSet(shutil.copytree(tiny_sample.train, tmp_path / "train")), limit=9)
+    unseen = 10 - len({images.read(number)[1] for number in range(9)})
+    online = {"evaluators": "brightness", "every_steps": 2, "train": str(tmp_path / "train"), "max_train": 9}
+    train(parse_config(Config, argv=["--config", str(student_config(max_steps=4, online=online))])[0])
+    records = [json.loads(line) for line in (tmp_path / "runs/student/probe/online.jsonl").read_text().splitlines()]
+    protocol = {"image_size": 32, "classes_without_training_images": unseen}
+    assert [(each["step"], each["protocol"]) for each in records] == [(2, protocol), (4, protocol)] and unseen > 0
 
 
 def test_what_numbers_in_training_were_measured_on_survives_a_resume_and_a_full_disk(tmp_path: Path) -> None:
