@@ -16,6 +16,7 @@ from downstream.branch.config import BranchConfig
 from downstream.captioning.config import CaptionConfig
 from engine.program import REPOSITORY
 from engine.settings import LoopConfig, OptimConfig, Precision
+from shards.fetch import RemoteOptions
 
 DEFAULT_CONFIG = REPOSITORY / "configs" / "downstream" / "trec6.yaml"
 
@@ -121,6 +122,8 @@ class DataConfig:
     """Seed of the tenth of the training set that chooses the epoch; the same for all runs of a table."""
     limit: PositiveInt | None = None
     """Train on this many examples only, for trials."""
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
+    """How shards on s3://, gs:// and https:// are read; may change when a run goes on."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ from jsonargparse.typing import (
 
 from engine.program import REPOSITORY
 from engine.settings import LoopConfig, OptimConfig, Precision
+from shards.fetch import RemoteOptions
 
 DEFAULT_CONFIG = REPOSITORY / "configs" / "teacher" / "demo.yaml"
 
@@ -53,6 +54,8 @@ class DataConfig:
     """Shards whose samples are shuffled together."""
     max_bad_fraction: ClosedUnitInterval = 1e-3
     """Stop when more than this share of the samples read is unreadable and more than one is; 0 stops at the first."""
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
+    """How gaze shards on s3://, gs:// and https:// are read; may change when a run goes on."""
 
 
 @dataclass

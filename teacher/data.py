@@ -157,6 +157,16 @@ class GazeDataset(Dataset[GazeBatch]):
         tensors = [torch.from_numpy(array) for array in (images, maps, counts, valid)]
         return GazeBatch(tensors[0], tensors[1], tensors[2], tensors[3], bad)
 
+    def key_of(self, position: Position) -> str:
+        """Key of the sample at a position, with its set's folder where there are several.
+
+        Raises:
+            BadSample: the shard's index is unreadable.
+        """
+        source, shard, _ = self.sources.locate(position[1])
+        key = source.shards.key(shard, position[2])
+        return key if len(self.sources.sets) == 1 else f"{source.shards.root}/{key}"
+
     def _read(self, position: Position) -> tuple[np.ndarray, GazeTarget]:
         epoch, number, row = position
         source, shard, first = self.sources.locate(number)

@@ -1,12 +1,13 @@
 """Options of `teacher/detect.py`. The docstring under a field is its `--help`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, OpenUnitInterval, PositiveInt
 
 from engine.settings import Precision
+from shards.fetch import RemoteOptions
 
 
 @dataclass
@@ -60,3 +61,5 @@ class DetectConfig:
     """Control label set to write beside a finished set: shuffled (each image gets another image's objects)."""
     control_seed: int = 0
     """Seed of the shuffled control."""
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
+    """How image shards on s3://, gs:// and https:// are read."""

@@ -36,7 +36,7 @@ def detect(config: DetectConfig) -> Path:
             with other labels.
     """
     _check_options(config)
-    images = ShardSet(config.shards)
+    images = ShardSet(config.shards, remote=config.remote)
     task = shards_of_task(config, images)
     teacher = load_detector(config) if config.results is None else load_results(config, images)
     directory = label_directory(config.output, teacher.hash)
@@ -62,7 +62,7 @@ def detect(config: DetectConfig) -> Path:
 def check(config: DetectConfig) -> list[str]:
     """Detector or results, images and this task's range, without writing anything."""
     _check_options(config)
-    images = ShardSet(config.shards)
+    images = ShardSet(config.shards, remote=config.remote)
     task = shards_of_task(config, images)
     if config.results is None:
         path = find_weights(config)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import InputError
+from shards.fetch import RemoteOptions
 from shards.gaze import check_gaze, gaze_sigma
 from shards.reader import ShardSet
 from teacher.config import DataConfig, GazeSource
@@ -111,8 +112,8 @@ def open_sources(config: DataConfig) -> tuple[GazeSets, ShardSet]:
     given = config.train if isinstance(config.train, list) else [_single(config.train)]
     if not given:
         raise InputError("data.train is an empty list: give a folder of gaze shards, or a list of {shards, weight}")
-    sets = GazeSets([_open(source, sigma=config.sigma) for source in given])
-    val = ShardSet(config.val)
+    sets = GazeSets([_open(source, sigma=config.sigma, remote=config.remote) for source in given])
+    val = ShardSet(config.val, remote=config.remote)
     check_gaze(val)
     _check_editions(sets, val, mixed=config.mix_editions)
     _check_sizes(sets, batch_size=config.batch_size)
@@ -126,8 +127,8 @@ def _single(path: Path) -> GazeSource:
     return GazeSource(shards=path)
 
 
-def _open(source: GazeSource, *, sigma: float | None) -> GazeSet:
-    shards = ShardSet(source.shards)
+def _open(source: GazeSource, *, sigma: float | None, remote: RemoteOptions) -> GazeSet:
+    shards = ShardSet(source.shards, remote=remote)
     check_gaze(shards)
     if source.limit is not None and source.limit > shards.num_samples:
         raise InputError(

@@ -61,7 +61,7 @@ class ImageTask:
         data, self.image = config.data, config.image
         if data.val is None:
             raise InputError("data.val is needed by an image task: give the image shards to test on")
-        self.shards, test = ShardSet(data.path), ShardSet(data.val)
+        self.shards, test = (ShardSet(path, remote=data.remote) for path in (data.path, data.val))
         if not self.shards.classes or self.shards.classes != test.classes:
             raise InputError(f"{data.path} and {data.val} must be labelled with the same classes: pack them again")
         every = read_images(self.shards, size=self.image.size, seed=data.held_out_seed, limit=data.limit)

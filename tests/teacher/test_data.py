@@ -1,5 +1,6 @@
 """Augmentation moves fixations with the image, and is a pure function of seed, epoch and sample."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 
 from engine.loading import make_loader
 from shards.faults import RemoteFault
+from shards.fetch import RemoteOptions
 from shards.gaze import GazeTarget
 from shards.reader import ShardSet, Stored
-from teacher.config import AugmentConfig
+from teacher.config import AugmentConfig, DataConfig
 from teacher.data import Change, GazeDataset, change_generator, change_image, draw_change, move_target
-from teacher.sources import GazeSet, GazeSets
+from teacher.sources import GazeSet, GazeSets, open_sources
+from tests.shards.servers import nginx
 from tests.teacher.conftest import SIGMA
 
 
@@ -113,9 +116,26 @@ def test_what_cannot_be_read_is_named_with_its_set_and_file(data: Path, monkeypa
     batch = dataset.__getitems__([(0, first + 1, 1), (0, first + 1, 2)])
     assert batch.valid.tolist() == [True, False] and len(batch.bad) == 1
     assert batch.bad[0].startswith(f"{data / 'train'}/{shards.manifest.files[1]}: sample {shards.key(1, 2)!r}: ")
+    assert dataset.key_of((0, first + 1, 2)) == f"{data / 'train'}/{shards.key(1, 2)}"
+    alone = GazeDataset(whole(data / "train"), size=(32, 48), grid=(8, 12))
+    assert alone.key_of((0, 1, 2)) == shards.key(1, 2)
     monkeypatch.setattr(shards, "read_info", lost)
     with pytest.raises(RemoteFault):
         dataset[(0, first + 1, 1)]
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="no nginx on the PATH (Debian: apt-get install nginx-light)")
+def test_gaze_sets_on_a_server_are_read_with_the_options_given(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "nginx").mkdir()
+    with nginx(data, tmp_path / "nginx") as port:
+        base = f"http://127.0.0.1:{port}"
+        remote = RemoteOptions(cache=str(tmp_path / "cache"))
+        sources, val = open_sources(DataConfig(train=Path(base) / "train", val=Path(base) / "val", remote=remote))
+        batch = GazeDataset(sources, size=(32, 48), grid=(8, 12))[(0, 0, 1)]
+        assert batch.valid.all() and val.read(0, 0).image == ShardSet(data / "val").read(0, 0).image
+    expected = GazeDataset(whole(data / "train"), size=(32, 48), grid=(8, 12))[(0, 0, 1)]
+    assert torch.equal(batch.images, expected.images) and torch.equal(batch.maps, expected.maps)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
 
 
 @pytest.mark.timeout(120)
