@@ -13,7 +13,7 @@ from downstream.captioning.examples import CaptionExamples, CaptionPictures, Par
 from downstream.captioning.layouts import PARTS, CaptionedImage, CaptionSet, read_captions
 from downstream.captioning.matching import Mention, NameMatcher, read_synonyms
 from downstream.captioning.models.base import Captioner
-from downstream.captioning.objects import ObjectGrids, find_grids, open_objects
+from downstream.captioning.objects import ObjectGrids, find_grids, known_images, open_objects
 from downstream.captioning.reading import check_skipped
 from downstream.captioning.vocabulary import PADDING, learn_vocabulary, words_of
 from downstream.config import DownstreamConfig
@@ -51,7 +51,8 @@ class CaptionTask:
         self.vocabulary = learn_vocabulary(learnt, min_count=self.caption.min_count)
         self.channels, self.grid = self._shape(pictures)
         self.unknown_names: Counter[str] = Counter()
-        self.grids, self.matcher, self.object_facts = self._objects([*train, *found.parts["val"], *found.parts["test"]])
+        used = [*train, *found.parts["val"], *found.parts["test"]]
+        self.grids, self.matcher, self.object_facts = self._objects(used, every=images)
         parts = {"train": train, "val": found.parts["val"], "test": found.parts["test"]}
         self.train, self.val, self.test = (
             self._part(parts[part], CaptionPictures(pictures, parts[part], [numbers[i.name] for i in parts[part]]))
@@ -93,11 +94,14 @@ class CaptionTask:
         check_skipped(found.skipped_images, of=found.num_images, what="images", **common)
         check_skipped(found.skipped_captions, of=found.num_captions, what="captions", **common)
 
-    def _objects(self, images: list[CaptionedImage]) -> tuple[ObjectGrids, NameMatcher | None, dict[str, Any]]:
+    def _objects(
+        self, images: list[CaptionedImage], *, every: list[CaptionedImage]
+    ) -> tuple[ObjectGrids, NameMatcher | None, dict[str, Any]]:
         caption = self.caption
         if caption.objects is None:
             return ObjectGrids(), None, {}
         source = open_objects(caption)
+        known_images(source, every)  # a name that two images share is refused also where a limit leaves one of them out
         matcher = NameMatcher(source.categories, read_synonyms(caption.synonyms))
         wanted = {
             image.name: {mention.category for text in image.captions for mention in matcher.find(words_of(text))}

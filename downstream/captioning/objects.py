@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -39,8 +39,8 @@ class ObjectSource(Protocol):
     def num_images(self) -> int:
         """Images that there are masks or an empty result for."""
 
-    def knows(self, name: str) -> bool:
-        """Whether an image is one of them, by its path below the folder of images."""
+    def key(self, name: str) -> str | None:
+        """What an image is known by, from its path below the folder of images; None if it is not one of them."""
 
     def find(self, name: str, *, size: tuple[int, int]) -> list[ObjectMask]:
         """Objects of an image of `size`, none where nothing was found or the image is not known.
@@ -101,9 +101,9 @@ def find_grids(
         wanted: image name to the classes that its captions name.
 
     Raises:
-        InputError: the source holds none of the images.
+        InputError: the source holds none of the images; see `known_images`.
     """
-    known = [image for image in images if source.knows(image.name)]
+    known = known_images(source, images)
     if not known:
         raise InputError(
             f"caption.objects holds {source.num_images} images, and none of those with captions (such as "
@@ -122,9 +122,27 @@ def find_grids(
     return found
 
 
-def key_of(name: str) -> str:
-    """Name under which an image's objects are looked up: its path without extension."""
-    return make_key(PurePosixPath(name).as_posix())
+def known_images(source: ObjectSource, images: Iterable[CaptionedImage]) -> list[CaptionedImage]:
+    """Those of the images that the source knows.
+
+    Raises:
+        InputError: two of them would get the same objects.
+    """
+    found: dict[str, CaptionedImage] = {}
+    for image in images:
+        key = source.key(image.name)
+        if key is not None and found.setdefault(key, image) is not image:
+            raise InputError(
+                f"caption.objects: {found[key].name} and {image.name} would both get the objects of {key!r}: name the "
+                "images there by their paths below caption.images, or give the two images different names"
+            )
+    return list(found.values())
+
+
+def _key(name: str, known: Container[str]) -> str | None:
+    """What an image is known by: its path without extension, or else its file name alone without it."""
+    path = PurePosixPath(name)
+    return next((key for key in (make_key(path.as_posix()), make_key(path.name)) if key in known), None)
 
 
 def _merged(objects: Iterable[ObjectMask], wanted: set[str], *, min_score: float) -> dict[str, np.ndarray]:
@@ -156,17 +174,17 @@ class LabelledObjects:
         """Size of the image set."""
         return len(self.places)
 
-    def knows(self, name: str) -> bool:
-        """Whether the image set holds the image, by its key or by the key of its file name alone."""
-        return self._place(name) is not None
+    def key(self, name: str) -> str | None:
+        """The image's key in the image set."""
+        return _key(name, self.places)
 
     def find(self, name: str, *, size: tuple[int, int]) -> list[ObjectMask]:
         """Objects of an image; the shards may hold it at another size, but not in other proportions."""
-        place = self._place(name)
-        if place is None:
+        key = self.key(name)
+        if key is None:
             return []
         try:
-            objects = read_objects(self.shards, *place)
+            objects = read_objects(self.shards, *self.places[key])
         except BadSample as error:
             raise ValueError(str(error)) from error
         for one in objects:
@@ -183,9 +201,6 @@ class LabelledObjects:
         except (ValueError, TypeError, KeyError, AttributeError):
             return set()
 
-    def _place(self, name: str) -> tuple[int, int] | None:
-        return self.places.get(key_of(name), self.places.get(key_of(PurePosixPath(name).name)))
-
 
 class CocoFile:
     """Objects in a COCO JSON file."""
@@ -194,21 +209,24 @@ class CocoFile:
         self.objects = from_coco_results(path, names, threshold=min_score)
         self.digest = sha256_of(path)
         self.categories = self.objects.categories
-        self.files = {make_key(name): name for name in self.objects.sizes}
+        self.files: dict[str, str] = {}
+        for name in self.objects.sizes:
+            other = self.files.setdefault(make_key(name), name)
+            if other != name:
+                raise InputError(
+                    f"caption.objects {path}: {other} and {name} are one image by name: rename one of them"
+                )
 
     @property
     def num_images(self) -> int:
         """Images that the file lists."""
         return len(self.objects.sizes)
 
-    def knows(self, name: str) -> bool:
-        """Whether the file lists the image, by its path or by its file name alone."""
-        return self._file(name) is not None
+    def key(self, name: str) -> str | None:
+        """The key of the image's name in the file."""
+        return _key(name, self.files)
 
     def find(self, name: str, *, size: tuple[int, int]) -> list[ObjectMask]:
         """Objects of an image."""
-        file = self._file(name)
-        return [] if file is None else self.objects.masks(file, size=size)
-
-    def _file(self, name: str) -> str | None:
-        return self.files.get(key_of(name), self.files.get(key_of(PurePosixPath(name).name)))
+        key = self.key(name)
+        return [] if key is None else self.objects.masks(self.files[key], size=size)

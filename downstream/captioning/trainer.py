@@ -19,7 +19,7 @@ from downstream.captioning.layouts import read_captions
 from downstream.captioning.metrics import check_installed, simple_scores
 from downstream.captioning.models.base import Captioner
 from downstream.captioning.objective import ARMS, BASELINE, CaptionObjective, word_losses
-from downstream.captioning.objects import open_objects
+from downstream.captioning.objects import known_images, open_objects
 from downstream.captioning.scoring import WORDS, finish_scores, needs_scores, write_captions
 from downstream.captioning.table import write_caption_table
 from downstream.config import DownstreamConfig
@@ -85,8 +85,8 @@ def check_captioning(config: DownstreamConfig) -> list[str]:
     lines.append(f"encoder: {subject.name}, {channels} channels on {grid[0]}x{grid[1]} places")
     if config.caption.objects is not None:
         source = open_objects(config.caption)
-        known = sum(source.knows(image.name) for images in found.parts.values() for image in images)
-        lines.append(f"objects: {len(source.categories)} classes, for {known} of the images with captions")
+        known = known_images(source, [image for images in found.parts.values() for image in images])
+        lines.append(f"objects: {len(source.categories)} classes, for {len(known)} of the images with captions")
     return lines
 
 

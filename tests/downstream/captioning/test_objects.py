@@ -47,7 +47,7 @@ def test_every_form_of_mask_is_read(root: Path) -> None:
         assert (one.category, one.score) == (CLASSES[colour_of(number)], 0.9)
         assert np.array_equal(one.mask, mask_of(number)), f"form {number // 2 % 3}"
     assert objects.find("folder/0003.jpg", size=(SIDE, SIDE))[0].category == CLASSES[colour_of(3)]
-    assert not objects.knows("other.jpg") and objects.find("other.jpg", size=(SIDE, SIDE)) == []
+    assert objects.key("other.jpg") is None and objects.find("other.jpg", size=(SIDE, SIDE)) == []
 
 
 def test_a_bare_list_of_results_takes_its_names_from_another_file(root: Path, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_bare_list_of_results_takes_its_names_from_another_file(root: Path, tm
     file = tmp_path / "results.json"
     file.write_text(json.dumps(content["annotations"][:5]))
     named = open_objects(CaptionConfig(objects=file, object_names=root / "detections.json"))
-    assert named.knows("0007.jpg") and not named.find("0007.jpg", size=(SIDE, SIDE))
+    assert named.key("0007.jpg") == "0007" and not named.find("0007.jpg", size=(SIDE, SIDE))
     assert named.find("0001.jpg", size=(SIDE, SIDE))[0].category == CLASSES[colour_of(1)]
     with pytest.raises(InputError, match="a bare list of results"):
         open_objects(CaptionConfig(objects=file))
@@ -82,6 +82,25 @@ def test_detections_of_other_images_are_refused(root: Path, tmp_path: Path) -> N
         grids_of(root, content, tmp_path)
     some = detections(["0001.jpg", "other.jpg"])
     assert grids_of(root, some, tmp_path).num_known == 1
+
+
+def test_images_of_one_name_in_two_folders_have_their_own_objects_or_none(root: Path, tmp_path: Path) -> None:
+    names = ["a/0000.jpg", "a/0001.jpg", "b/0000.jpg"]
+    images = [CaptionedImage(name, root / "images" / "0000.jpg", ("",)) for name in names]
+    wanted = {name: set(CLASSES.values()) for name in names}
+    file = tmp_path / "objects.json"
+
+    def grids(listed: list[str], images: list[CaptionedImage]) -> ObjectGrids:
+        file.write_text(json.dumps(detections(listed)))
+        return find_grids(open_objects(CaptionConfig(objects=file)), images, wanted, grid=(12, 12), min_score=0.25)
+
+    own = {name: set(found) for name, found in grids(names, images).coverage.items()}
+    assert own == {name: {CLASSES[colour_of(number)]} for number, name in enumerate(names)}
+    assert grids(["0000.jpg", "0001.jpg"], images[:2]).num_known == 2
+    with pytest.raises(InputError, match=r"a/0000.jpg and b/0000.jpg would both get the objects of '0000': name the"):
+        grids(["0000.jpg", "0001.jpg"], images)
+    with pytest.raises(InputError, match=r"objects.json: a/0.jpg and a/0.png are one image by name: rename one"):
+        grids(["a/0.jpg", "a/0.png"], images)
 
 
 def test_masks_of_another_size_are_counted(root: Path, tmp_path: Path) -> None:
@@ -126,7 +145,7 @@ def test_a_label_set_needs_its_images_and_gives_the_same(root: Path, tmp_path: P
         write_label_shard(labels, images, shard, stored, member=OBJECTS)
     seal_labels(labels, images, teacher=teacher, settings={"encoding": OBJECT_ENCODING})
     source = open_objects(CaptionConfig(objects=labels, object_images=packed))
-    assert source.categories == known.categories and source.knows("x/0003.jpg") and not source.knows("12.jpg")
+    assert source.categories == known.categories and source.key("x/0003.jpg") == "0003" and source.key("12.jpg") is None
     for number in range(12):
         (one,) = source.find(f"{number:04d}.jpg", size=(SIDE * 2, SIDE * 2))
         assert np.array_equal(one.mask, mask_of(number))

@@ -222,6 +222,20 @@ def test_bad_masks_above_a_share_stop_it(config: DownstreamConfig, tmp_path: Pat
         CaptionTask(replace(config, caption=replace(config.caption, objects=file)))
 
 
+def test_objects_that_two_images_would_share_are_refused(config: DownstreamConfig, root: Path, tmp_path: Path) -> None:
+    """By `--check` and in training, also where the limit leaves one of the two images out."""
+    copy = shutil.copytree(root, tmp_path / "copy")
+    for folder in ("first", "second"):
+        shutil.copytree(root / "images", copy / "images" / folder)
+    lines = [line.split(",", 1) for line in (root / "captions.txt").read_text().splitlines()[1:]]
+    written = [f"{folder}/{name},{text}" for folder in ("first", "second") for name, text in lines]
+    (copy / "captions.txt").write_text("\n".join(["image,caption", *written]) + "\n")
+    shared = replace(config, data=replace(config.data, path=copy, limit=1))
+    for door in (check, CaptionTask):
+        with pytest.raises(InputError, match=r"first/(.*) and second/\1 would both get the objects of '\d{4}'"):
+            door(shared)
+
+
 def test_refusals(config: DownstreamConfig) -> None:
     with pytest.raises(InputError, match=r"'icca'.* not known; take from all, baseline, ica"):
         run_captioning(replace(config, arm="icca"))
