@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from downstream.captioning.matching import grid_labels
 
@@ -29,7 +30,7 @@ class Correctness:
         """Compare one map `(height, width)` of sum 1 with the coverage of the cells by the object; a void one not."""
         if coverage.max() <= 0:
             return
-        labels = grid_labels(coverage)
+        labels = grid_labels(torch.from_numpy(coverage).flatten()).numpy().reshape(coverage.shape)
         self.mass.append(float((density * coverage).sum()))
         self.chance.append(float(coverage.mean()))
         self.hits.append(float(labels.flat[int(density.argmax())]))

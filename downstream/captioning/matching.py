@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import yaml
+from torch import Tensor
 
 from downstream.captioning.reading import read_text
 from downstream.captioning.vocabulary import words_of
@@ -129,13 +130,13 @@ def grid_coverage(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
 
 
-def grid_labels(coverage: np.ndarray) -> np.ndarray:
-    """Cells that count as the object, bool, from coverage `(..., height, width)`: half covered, at least the fullest.
+def grid_labels(coverage: Tensor) -> Tensor:
+    """Cells that count as the object, bool, from coverage `(..., cells)`: half covered, at least the fullest.
 
     Nothing where nothing is covered.
     """
-    fullest = coverage.max(axis=(-2, -1), keepdims=True)
-    return (coverage >= np.minimum(fullest, 0.5)) & (coverage > 0)
+    fullest = coverage.amax(-1, keepdim=True)
+    return (coverage >= fullest.clamp(max=0.5)) & (coverage > 0)
 
 
 def _forms(spellings: Iterable[str]) -> set[tuple[str, ...]]:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from attention.supervision import SUPERVISION, lovasz_hinge, supervise
 from downstream.captioning.config import CaptionConfig
+from downstream.captioning.matching import grid_labels
 from downstream.captioning.models.base import Told
 from downstream.captioning.vocabulary import PADDING
 from downstream.data import Batch
@@ -95,9 +96,8 @@ def ica_loss(energies: Tensor, coverage: Tensor, *, border: BorderName = "mean")
     Returns:
         `(maps,)`, at least 0.
     """
-    fullest = coverage.amax(1, keepdim=True)
-    labels = (coverage >= fullest.clamp(max=0.5)) & (coverage > 0)
-    shift = torch.zeros_like(fullest, dtype=energies.dtype)
+    labels = grid_labels(coverage)
+    shift = energies.new_zeros(len(energies), 1)
     if border != "zero":
         shift = energies.mean(1, keepdim=True)
     if border == "middle":
@@ -106,7 +106,7 @@ def ica_loss(energies: Tensor, coverage: Tensor, *, border: BorderName = "mean")
         low = (energies * ~labels).sum(1, keepdim=True) / outside.clamp(min=1)
         shift = torch.where((inside > 0) & (outside > 0), (high + low) / 2, shift)
     scores = energies - shift
-    return torch.where(fullest.squeeze(1) > 0, lovasz_hinge(scores, labels), scores.sum(1) * 0)
+    return torch.where(labels.any(1), lovasz_hinge(scores, labels), scores.sum(1) * 0)
 
 
 @dataclass
