@@ -8,7 +8,7 @@ numbers in the summary were measured, and those two have a file for each conditi
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,13 +21,15 @@ from pretrain.evaluators import imagenet_c, robust_gaze
 from pretrain.evaluators.base import Evaluator, Result, Subject
 from pretrain.evaluators.corruptions import COMMON, SEVERITIES, choose_corruptions
 from pretrain.evaluators.imagenet_c import CorruptedSets
-from pretrain.evaluators.kept import KeptNumbers
+from pretrain.evaluators.kept import Condition, KeptNumbers
 from pretrain.evaluators.offline import locked, options_key, output_folder, probe_run, read_mark, write_locked
 from pretrain.evaluators.registry import pick
 from pretrain.evaluators.sources import labelled_pair
 from pretrain.evaluators.subjects import open_subject
 from pretrain.probe_array_config import ProbeArrayConfig
 from pretrain.probe_config import ProbeConfig
+
+State = Literal["finished", "to be done", "absent"]
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,24 @@ class SharedRun:
             self._corrupted[evaluator] = SPLIT[evaluator].opened(replace(self.subject, cache=folder), self.probe)
         return self._corrupted[evaluator]
 
-    def finished(self, piece: Piece) -> bool:
-        """Whether nothing is left to do of a piece: the summary has its numbers, and no other probe's."""
+    def state(self, piece: Piece) -> State:
+        """What is left to do of a piece.
+
+        "finished": the summary has its numbers, and no other probe's. "absent": the released set has none of its
+        images, which is a gap like others, whether or not another task has found something yet.
+
+        Raises:
+            InputError: a released set without any of the corruptions of the array.
+        """
+        released = piece.evaluator == "imagenet_c" and self.probe.corruptions.folder is not None
+        if released and not self._conditions(piece):
+            return "absent"
         if not self._is_in_summary(piece.evaluator):
-            return False
+            return "to be done"
         if not piece.corruption:
-            return True
-        sets, kept = self.corrupted(piece.evaluator)
-        return all(kept.has(condition) for condition in sets.conditions() if condition[0] == piece.corruption)
+            return "finished"
+        _, kept = self.corrupted(piece.evaluator)
+        return "finished" if all(map(kept.has, self._conditions(piece))) else "to be done"
 
     def do(self, pieces: list[Piece]) -> None:
         """Evaluate; a split evaluator trains its probe once for all its corruptions."""
@@ -144,6 +156,11 @@ class SharedRun:
         found = kept.all()
         missing = sum((name, severity) not in found for name in COMMON for severity in SEVERITIES)
         report(f"{self.folder.path}: {evaluator} {'complete' if not missing else f'PARTIAL, {missing} of 75 missing'}")
+
+    def _conditions(self, piece: Piece) -> list[Condition]:
+        """Those of a corruption's conditions that are there."""
+        sets, _ = self.corrupted(piece.evaluator)
+        return [condition for condition in sets.conditions() if condition[0] == piece.corruption]
 
     def _is_in_summary(self, name: str) -> bool:
         """Whether what the summary says of an evaluator was measured with these options on these data."""
@@ -176,10 +193,12 @@ def run_share(config: ProbeArrayConfig) -> None:
     for path, pieces in _share(config).items():
         try:
             shared = SharedRun(config, path)
-            missing = [piece for piece in pieces if not shared.finished(piece)]
+            states = {piece: shared.state(piece) for piece in pieces}
+            missing = [piece for piece, state in states.items() if state == "to be done"]
             report(f"{path}: {len(missing)} of this task's {len(pieces)} pieces are to be done")
             shared.do(missing)
-            for evaluator in dict.fromkeys(piece.evaluator for piece in pieces if piece.corruption):
+            there = [piece for piece, state in states.items() if piece.corruption and state != "absent"]
+            for evaluator in dict.fromkeys(piece.evaluator for piece in there):
                 shared.merge(evaluator)
         except InputError as error:
             report(f"{path} is left out: {error}")
@@ -193,7 +212,7 @@ def describe_share(config: ProbeArrayConfig) -> list[str]:
     lines = [f"{len(pieces_of(config))} pieces in all; this task's:"]
     for path, pieces in _share(config).items():
         shared = SharedRun(config, path)
-        lines += [f"{piece}: {'finished' if shared.finished(piece) else 'to be done'}" for piece in pieces]
+        lines += [f"{piece}: {shared.state(piece)}" for piece in pieces]
     return lines
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.errors import InputError
 from engine.runs import RunFolder
 from pretrain.evaluators import reading
 from pretrain.evaluators.base import Subject
@@ -111,8 +112,7 @@ def test_robust_gaze_is_shared_out_by_corruption(tiny_sample: TinySample, tmp_pa
     runs = [write_run(tmp_path / name, tiny_sample).path for name in ("run", "twin")]
     corruptions = CorruptionConfig(names=["gaussian_noise", "shot_noise", "impulse_noise"], severities=[2, 4])
     probe = tiny_probe(runs[0], tiny_sample, evaluators="robust_gaze", corruptions=corruptions)
-    options = {field.name: getattr(probe, field.name) for field in dataclasses.fields(ProbeConfig)}
-    config = ProbeArrayConfig(**options, runs=runs[:1])
+    config = ProbeArrayConfig(**vars(probe), runs=runs[:1])
     assert [piece.corruption for piece in pieces_of(config)] == corruptions.names
     for task in (2, 0, 1):
         run_share(dataclasses.replace(config, task=task, num_tasks=3))
@@ -125,3 +125,26 @@ def test_robust_gaze_is_shared_out_by_corruption(tiny_sample: TinySample, tmp_pa
     assert all(line.endswith(": finished") for line in describe_share(config)[1:])
     other = dataclasses.replace(config, seed=3)
     assert all(line.endswith(": to be done") for line in describe_share(other)[1:])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_a_corruption_that_a_released_set_lacks_is_a_gap_in_whatever_order_the_tasks_run(
+    tiny_sample: TinySample, tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    """The first and the last of three tasks find nothing in the set: together they give what one probe finds."""
+    runs = [write_run(tmp_path / name, tiny_sample).path for name in ("run", "twin")]
+    options = CorruptionConfig(names=["snow", "fog", "contrast"], severities=[1], folder=tmp_path / "c")
+    probe = tiny_probe(runs[1], tiny_sample, evaluators="imagenet_c", corruptions=options)
+    write_released(tmp_path / "c", probe, names=("fog",), severities=(1,))
+    probe_run(probe)
+    config = ProbeArrayConfig(**vars(probe), runs=runs[:1])
+    for task in order:
+        run_share(dataclasses.replace(config, task=task, num_tasks=3))
+    shared, whole = (RunFolder(run).read_summary() for run in runs)
+    assert shared["metrics"] == whole["metrics"] and "imagenet_c/fog/1" in whole["metrics"]
+    assert shared["protocols"] == whole["protocols"] and whole["protocols"]["imagenet_c"]["missing"]["snow"]
+    assert [line.rpartition(": ")[2] for line in describe_share(config)[1:]] == ["absent", "finished", "absent"]
+    nothing = dataclasses.replace(config, corruptions=dataclasses.replace(options, names=["snow", "contrast"]))
+    for task in order:
+        with pytest.raises(InputError, match="holds none of the corruptions"):
+            run_share(dataclasses.replace(nothing, task=task % 2, num_tasks=2))
