@@ -24,7 +24,7 @@ def alignment(subject: Subject, probe: ProbeConfig) -> Result:
     Metrics, means over the readable images of the gaze shards with at least one fixation: `nss`, `kld`, `cc`, `sim`,
     `auc_judd`, `auc_borji`, `auc_shuffled`, `information_gain` (over the centre bias), `spearman`, `emd` (where POT is
     installed); the same with `feature_norm/` and `grad_cam/` in front for those maps, and with `uniform/`,
-    `centre_bias/`, `one_human/` (without the last two), `split_half/` for what needs no model. `num_images` were
+    `centre_bias/`, `one_human/`, `split_half/` for what needs no model. `num_images` were
     scored, `num_skipped` were not.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention.baselines import MapShape, human_baselines, leave_image_out, uniform
+from attention.baselines import ROWS, MapShape, human_baselines, leave_image_out, uniform
 from attention.fixations import shuffled_negatives
 from attention.maps import inside_image
 from attention.metrics import emd, evaluate_maps, spearman
@@ -110,13 +110,11 @@ class GazeRows:
     def baselines(self, cache: Path | None, *, digest: str) -> dict[str, dict[str, float]]:
         """Mean scores of uniform, centre_bias, one_human and split_half; computed once per set where there is a cache.
 
-        one_human has neither Spearman nor EMD: with a map for each observer they would take minutes.
-
         Args:
             digest: identity of the gaze set.
         """
         keys = key_digest([target.key for target in self.targets])
-        key = key_digest([digest, self.stride, self.negatives, self.seed, keys, list(self.slow)])[:32]
+        key = key_digest([digest, self.stride, self.negatives, self.seed, keys, ROWS, list(self.slow)])[:32]
         path = cache / f"gaze-baselines-{key}.json" if cache is not None else None
         if path is not None and path.is_file():
             try:
@@ -149,18 +147,30 @@ class GazeRows:
     def _slow_columns(self, group: _Group, row: str) -> dict[str, Tensor]:
         """The slow metrics of a baseline, `(group.targets,)` float64, NaN where there is none."""
         pairs: dict[str, Callable[[], Iterator[tuple[Tensor, Tensor]]]] = {
-            "uniform": lambda: ((uniform(group.shape.grid), human) for human in group.human),
-            "centre_bias": lambda: zip(group.others["baseline"], group.human, strict=True),
+            "uniform": lambda: ((uniform(group.shape.grid)[None], human) for human in group.human[:, None]),
+            "centre_bias": lambda: zip(group.others["baseline"][:, None], group.human[:, None], strict=True),
+            "one_human": lambda: self._observers(group),
             "split_half": lambda: self._halves(group),
         }
         columns: dict[str, list[Tensor]] = {}
-        for first, second in pairs.get(row, lambda: iter(()))():
+        for first, second in pairs[row]():
             for name, metric in self.slow.items():
-                columns.setdefault(name, []).append(metric(first[None], second[None])[0].double())
+                columns.setdefault(name, []).append(metric(first, second).double().nanmean())
         return {name: torch.stack(values) for name, values in columns.items()}
 
+    def _observers(self, group: _Group) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each image the map of all other observers and that of each, `(observers, rows, columns)`."""
+        for number in group.numbers:
+            observers = _by_observer(self.targets[number])
+            numbers = range(len(observers))
+            others = [[other for other in numbers if other != one] for one in numbers]
+            yield (
+                torch.stack([_group_map(observers, chosen, group.shape) for chosen in others]),
+                torch.stack([_group_map(observers, [one], group.shape) for one in numbers]),
+            )
+
     def _halves(self, group: _Group) -> Iterator[tuple[Tensor, Tensor]]:
-        """Maps of two halves of each image's observers, drawn as `human_baselines` draws them; NaN without gaze.
+        """Maps of two halves of each image's observers, drawn as `human_baselines` draws them.
 
         The slow metrics stay the same when the maps change places: one way stands for both.
         """
@@ -169,7 +179,7 @@ class GazeRows:
             observers = _by_observer(self.targets[number])
             order = rng.permutation(len(observers)).tolist()
             half = len(order) // 2
-            first, second = (_half_map(observers, side, group.shape) for side in (order[:half], order[half:]))
+            first, second = (_group_map(observers, side, group.shape)[None] for side in (order[:half], order[half:]))
             yield first, second
 
 
@@ -183,6 +193,7 @@ def _by_observer(target: GazeTarget) -> list[np.ndarray]:
     return [target.points[target.observers == observer] for observer in range(count)]
 
 
-def _half_map(observers: list[np.ndarray], chosen: list[int], shape: MapShape) -> Tensor:
+def _group_map(observers: list[np.ndarray], chosen: list[int], shape: MapShape) -> Tensor:
+    """Density of some observers' fixations, NaN where none lies inside the image."""
     points = np.concatenate([np.zeros((0, 2)), *(observers[index] for index in chosen)])
     return shape.density(points) if inside_image(points, shape.size).any() else torch.full(shape.grid, torch.nan)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from scipy.spatial.distance import cdist
+from scipy.stats import spearmanr
 
-from attention.baselines import leave_image_out
-from attention.maps import to_density
+from attention.baselines import ROWS, leave_image_out
+from attention.maps import fixation_density, to_density
 from attention.metrics import cc, emd, spearman
 from engine.errors import InputError
 from pretrain.config import AttentionConfig
@@ -24,7 +26,7 @@ from pretrain.evaluators.offline import probe_run
 from pretrain.evaluators.robust_gaze import robust_gaze
 from pretrain.evaluators.sources import ShardImages, train_images
 from pretrain.probe_config import CorruptionConfig, GazeConfig, ProbeConfig
-from shards.gaze import centre_bias_scores, score_densities
+from shards.gaze import GazeTarget, centre_bias_scores, score_densities
 from shards.manifest import read_manifest
 from tests.attention.reference import as_fixations, import_pysaliency, stored_model
 from tests.conftest import TinySample
@@ -117,16 +119,41 @@ def test_humans_scored_as_a_model_equal_the_human_map(open_tiny: Open) -> None:
     assert (scores["information_gain"] > 0).all() and scores["emd"] == pytest.approx(0, abs=1e-5)
 
 
-def test_the_slow_metrics_compare_the_same_halves(open_tiny: Open) -> None:
-    """CC, computed as the slow metrics are, is that of the room that draws the halves."""
+def test_the_slow_metrics_compare_the_same_maps(open_tiny: Open) -> None:
+    """CC, computed as the slow metrics are, is that of the room that draws the halves and takes the observers apart."""
     _, probe = open_tiny()
     _, targets = gaze_set(probe)
     rows = GazeRows(targets, stride=4, negatives=100, seed=3)
     rows.slow = {"slow_cc": cc}
     found = rows.baselines(None, digest="")
-    assert "slow_cc" not in found["one_human"] and found["split_half"]["cc"] < 1
-    for row in ("uniform", "centre_bias", "split_half"):
+    assert found["split_half"]["cc"] < 1
+    for row in ROWS:
         assert found[row]["slow_cc"] == pytest.approx(found[row]["cc"], abs=1e-6), row
+
+
+def test_one_humans_rank_correlation_and_earth_movers_distance_are_scipys_and_pots() -> None:
+    """The others' map against each observer's, means over observers and then over images; where there are both."""
+    ot = pytest.importorskip("ot")
+    rng, size, grid = np.random.default_rng(0), (48, 64), (6, 8)
+    gaze = [[rng.uniform(4, 44, (4, 2)) for _ in range(count)] for count in (3, 2, 1, 4)]
+    gaze[3][1] += 100  # outside the image
+    targets = [
+        GazeTarget(f"{i}", size, np.concatenate(each), np.repeat(range(len(each)), 4), 6.0, shard=0, row=i)
+        for i, each in enumerate(gaze)
+    ]
+    found = GazeRows(targets, stride=8, negatives=10, seed=0).baselines(None, digest="")["one_human"]
+    cells = np.stack(np.meshgrid((np.arange(6) + 0.5) / 6, (np.arange(8) + 0.5) / 8, indexing="ij"), -1).reshape(-1, 2)
+    ground, ranks, distances = cdist(cells, cells), [], []
+    for observers in (gaze[0], gaze[1], [gaze[3][i] for i in (0, 2, 3)]):
+        maps = [
+            [fixation_density(np.concatenate(points), size=size, sigma=6.0, grid=grid).ravel() for points in pair]
+            for pair in ((observers[:i] + observers[i + 1 :], [observers[i]]) for i in range(len(observers)))
+        ]
+        ranks.append(np.mean([spearmanr(*pair).statistic for pair in maps]))
+        normalised = [[each.astype(float) / each.sum(dtype=float) for each in pair] for pair in maps]
+        distances.append(np.mean([ot.emd2(*pair, ground) for pair in normalised]))
+    assert found["spearman"] == pytest.approx(np.mean(ranks), abs=1e-6)
+    assert found["emd"] == pytest.approx(np.mean(distances), abs=1e-6)
 
 
 def test_unreadable_images_are_no_uniform_maps(open_tiny: Open, monkeypatch: pytest.MonkeyPatch) -> None:
