@@ -14,7 +14,7 @@ import numpy as np
 
 from pretrain.config import ViewsConfig
 from pretrain.philox import uniforms
-from shards.decode import ImageHeader, Scratch, decode_rgb
+from shards.decode import ImageHeader, Scratch, decode_rgb, decoded_scale
 
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
@@ -169,7 +169,8 @@ class ViewCutter:
         )
         boxes: Sequence[Sequence[float]] = crops
         if image.shape[:2] != stored:
-            boxes = [_scaled(crop, stored, image.shape) for crop in crops]
+            scale = decoded_scale(stored, image.shape)
+            boxes = [[scale * side for side in crop] for crop in crops]
         between = self._padded if image.shape[2] == 4 else None
         for box, flip, view in zip(boxes, flips, out, strict=True):
             resize(image, box, view if between is None else between)
@@ -187,13 +188,6 @@ class ViewCutter:
         shortest = min([crop[2] for crop in crops]), min([crop[3] for crop in crops])
         rows, columns = (math.ceil(self.size * side / crop) for side, crop in zip(stored, shortest, strict=True))
         return rows, columns
-
-
-def _scaled(crop: Sequence[int], stored: tuple[int, int], shape: Sequence[int]) -> tuple[float, ...]:
-    """The crop in an image that was decoded smaller than it is stored."""
-    top, left, tall, wide = crop
-    down, across = shape[0] / stored[0], shape[1] / stored[1]
-    return top * down, left * across, tall * down, wide * across
 
 
 def resize(image: np.ndarray, box: Sequence[float], out: np.ndarray) -> None:

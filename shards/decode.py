@@ -8,7 +8,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -24,9 +24,11 @@ SIMD_BYTES = 64
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _EXIF = b"Exif\0\0"
 _ORIENTATION_TAG = 0x0112
+_WHOLE_NUMBERS = {3: "H", 4: "I"}  # SHORT, as the standard has it, and LONG, as some cameras write it
 _TRANSPOSED = (5, 6, 7, 8)
 # Start-of-frame markers; C4, C8 and CC share the range but mean tables and extensions.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_WITHOUT_LENGTH = frozenset((0x00, 0x01, *range(0xD0, 0xD8)))
 _FAST_FRAMES = frozenset((0xC0, 0xC1, 0xC2))
 # What each EXIF orientation asks for, as `PIL.ImageOps.exif_transpose` does it.
 _TURNS = {
@@ -65,11 +67,14 @@ def jpeg_header(data: bytes) -> JpegHeader:
         raise ValueError("not a JPEG")
     position, orientation, end = 2, 1, len(data)
     while position + 4 <= end:
-        if data[position] != 0xFF:
-            raise ValueError(f"damaged JPEG header at byte {position}")
+        if data[position] != 0xFF or data[position + 1] == 0xFF:  # stray bytes, or fill bytes before a marker
+            position = data.find(b"\xff", position + 1)
+            if position < 0:
+                break
+            continue
         marker = data[position + 1]
-        if marker == 0xFF:  # fill bytes before a marker
-            position += 1
+        if marker in _WITHOUT_LENGTH:
+            position += 2
             continue
         length = (data[position + 2] << 8) | data[position + 3]
         if marker in _FRAMES:
@@ -92,8 +97,10 @@ def _exif_orientation(tiff: bytes) -> int:
         (start,) = struct.unpack_from(order + "I", tiff, 4)
         (count,) = struct.unpack_from(order + "H", tiff, start)
         for entry in range(min(count, 512)):
-            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * entry)
-            if tag == _ORIENTATION_TAG and kind == 3:
+            field = start + 2 + 12 * entry
+            tag, kind = struct.unpack_from(order + "HH", tiff, field)
+            if tag == _ORIENTATION_TAG and kind in _WHOLE_NUMBERS:
+                (value,) = struct.unpack_from(order + _WHOLE_NUMBERS[kind], tiff, field + 8)
                 return value if 1 <= value <= 8 else 1
     except (KeyError, struct.error):
         pass
@@ -185,6 +192,15 @@ class Scratch:
             memory = np.empty(num_bytes + SIMD_BYTES, dtype=np.uint8)
             self._memory = memory[-memory.ctypes.data % SIMD_BYTES + 1 :]
         return self._memory
+
+
+def decoded_scale(stored: tuple[int, int], shape: Sequence[int]) -> float:
+    """What an image of `stored` height and width was scaled by to be decoded to `shape`: a multiple of 1/8.
+
+    Less than the ratio of the two where the stored size is no multiple of eight, for libjpeg-turbo rounds sizes up: the
+    last row and column then show less than the others do.
+    """
+    return max(1, 8 * max(shape[:2]) // max(stored)) / 8
 
 
 def decode_rgb(

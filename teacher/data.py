@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from attention.maps import inside_image
 from engine.loading import TensorBatch, make_loader
-from shards.decode import decode_rgb, image_size
+from shards.decode import decode_rgb, decoded_scale, image_size
 from shards.gaze import GazeTarget, parse_target
 from shards.order import StepBatches
 from shards.reader import BadSample
@@ -85,14 +85,15 @@ def change_image(image: np.ndarray, change: Change, *, stored: tuple[int, int], 
     """Crop, mirror, resize and recolour.
 
     Args:
-        image: uint8 `(rows, columns, 3)`, decoded at any scale.
+        image: uint8 `(rows, columns, 3)`, as `decode_rgb` gives it, at whatever scale.
         stored: height and width that `change.box` counts pixels of.
         size: height and width of the result.
     """
     rows, columns = image.shape[:2]
     top, left, height, width = change.box
-    first, last = round(top * rows / stored[0]), round((top + height) * rows / stored[0])
-    start, stop = round(left * columns / stored[1]), round((left + width) * columns / stored[1])
+    scale = decoded_scale(stored, image.shape)
+    first, last = round(top * scale), round((top + height) * scale)
+    start, stop = round(left * scale), round((left + width) * scale)
     crop = image[min(first, rows - 1) : max(last, first + 1), min(start, columns - 1) : max(stop, start + 1)]
     shrinking = crop.shape[0] >= size[0] and crop.shape[1] >= size[1]
     resized = cv2.resize(crop, size[::-1], interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)

@@ -217,6 +217,19 @@ def test_resizing_comes_close_to_antialiased_bicubic(side: int) -> None:
         assert error < np.abs(cubic - reference).mean()
 
 
+@pytest.mark.parametrize(("size", "side"), [(64, 513), (64, 521), (128, 1025), (224, 449), (224, 1793), (32, 259)])
+def test_images_decoded_at_a_smaller_scale_stay_in_place(size: int, side: int) -> None:
+    """A dot near the far corner, in images whose sides are no multiples of eight."""
+    place, width = side - 1 - 6 * side / size, 3 * side / size
+    y, x = np.mgrid[:side, :side]
+    dot = 255 * np.exp(-((y - place) ** 2 + (x - place) ** 2) / (2 * width**2))
+    data = jpeg(np.repeat(dot[..., None], 3, axis=2).astype(np.uint8), quality=98)
+    view = cut(data, [(0, 0, side, side)], stored=(side, side), size=size)[0, ..., 0]
+    view[view < 40] = 0
+    centre = [(view.sum(1 - axis) * np.arange(size)).sum() / view.sum() for axis in (0, 1)]
+    assert np.abs(np.array(centre) - ((place + 0.5) * size / side - 0.5)).max() < 0.1
+
+
 def test_scaled_decoding_changes_little_and_extreme_images_work() -> None:
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))

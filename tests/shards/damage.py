@@ -11,7 +11,7 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from engine.errors import InputError
 from shards.decode import decode_rgb, image_size
 from shards.folder import LocalFolder
 from shards.index import METADATA_KEY, IndexFault, parse_index
+from shards.keys import pack_keys
 from shards.labels import encode_label
 from shards.manifest import FILE_NAME, Manifest, ShardRecord, make_manifest, read_manifest
 from shards.map_png import decode_map_png
@@ -143,12 +144,14 @@ def manifest_of(**changes: Any) -> dict[str, Any]:
     return base | {"shards": [shard | changes.pop("shard", {})]} | changes
 
 
-def index_bytes(*, arrays: dict[str, np.ndarray] | None = None, **changes: Any) -> bytes:
-    """An index of one sample, 100 bytes at 512, with changes to arrays and metadata."""
-    one: dict[str, Any] = {"offset": 512, "size": 100, "label": 0, "info_offset": 0, "info_size": -1, "key_end": 1}
-    base = {name: np.array([value], dtype=np.int64) for name, value in one.items()}
-    base |= {"crc": np.zeros(1, dtype=np.uint32), "key_data": np.frombuffer(b"k", dtype=np.uint8)}
-    metadata = {"schema": 1, "kind": "images", "sha256": HASH, "num_bytes": 2048, "num_samples": 1, "skipped": []}
+def index_bytes(*, keys: Sequence[str] = ("k",), arrays: dict[str, np.ndarray] | None = None, **changes: Any) -> bytes:
+    """An index of samples of 100 bytes at 512, one as a rule, with changes to arrays and metadata."""
+    one: dict[str, Any] = {"offset": 512, "size": 100, "label": 0, "info_offset": 0, "info_size": -1}
+    base = {name: np.full(len(keys), value, dtype=np.int64) for name, value in one.items()}
+    base["key_end"], base["key_data"] = pack_keys(list(keys))
+    base["crc"] = np.zeros(len(keys), dtype=np.uint32)
+    metadata = {"schema": 1, "kind": "images", "sha256": HASH, "num_bytes": 2048, "num_samples": len(keys)}
+    metadata |= {"skipped": []}
     return save_arrays(base | (arrays or {}), metadata={METADATA_KEY: json.dumps(metadata | changes)})
 
 
@@ -208,9 +211,13 @@ def damaged_tar(chance: Chance) -> bytes:
 
 
 def damaged_index(chance: Chance) -> bytes:
-    """Flipped, spliced or cut."""
-    content = bytearray(index_bytes())
-    flip(content, chance, most=5)
+    """One number a little off; or flipped, spliced or cut."""
+    content = bytearray(index_bytes(keys=("a", "é")))
+    if chance.integer(0, 1):
+        where = chance.integer(0, len(content) - 1)
+        content[where] = content[where] + 1 & 0xFF
+        return bytes(content)
+    flip(content, chance, most=2)
     if chance.integer(0, 3) == 0:
         splice(content, chance, most=2)
     cut(content, chance)
@@ -286,7 +293,7 @@ def read_index_bytes(data: bytes) -> None:
     """Parse an index; what it says must fit together."""
     index = parse_index(data, name="a.index")
     keys = index.keys()
-    assert len(keys) == len(index) and (not keys or keys[0] == index.key(0))
+    assert keys == [index.key(row) for row in range(len(index))]
     assert (index.offset + np.maximum(index.size, 0) <= index.num_bytes).all()
 
 

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import struct
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from shards.decode import (
     MAX_SCRATCH_BYTES,
     Scratch,
     decode_rgb,
+    decoded_scale,
     file_extension,
     image_header,
     image_size,
@@ -140,9 +142,28 @@ def test_stray_bytes_between_markers_are_read_and_cut_files_are_not(jpeg: Callab
     data = jpeg(height=80, width=80)
     end = data.rindex(b"\xff\xd9")
     assert decode_rgb(data[:end] + b"\0" * 8 + data[end:]).shape == (80, 80, 3)
+    tables = data.index(b"\xff\xdb")
+    for stray in (b"\x12\x34", b"\xff\xff", b"\xff\0", b"\xff\xd0"):
+        np.testing.assert_array_equal(decode_rgb(data[:tables] + stray + data[tables:]), decode_rgb(data))
     for length in range(2, len(data) - 2, 37):
         with pytest.raises(ValueError):
             decode_rgb(data[:length])
+
+
+def test_an_orientation_of_four_bytes_counts() -> None:
+    tiff = b"MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHII", 0x112, 4, 1, 6) + bytes(4)
+    data = encoded(PICTURE, "JPEG", quality=95)
+    data = data[:2] + b"\xff\xe1" + struct.pack(">H", 8 + len(tiff)) + b"Exif\0\0" + tiff + data[2:]
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
+    assert image_size(data) == (60, 40) and np.abs(decode_rgb(data) - upright).mean() < 1
+
+
+@pytest.mark.parametrize("stored", [(513, 641), (511, 767), (200, 1001), (9, 4001)])
+@pytest.mark.parametrize("eighths", range(1, 8))
+def test_the_scale_of_a_decoded_image_is_known(stored: tuple[int, int], eighths: int) -> None:
+    wanted = (-(-stored[0] * eighths // 8), -(-stored[1] * eighths // 8))
+    image = decode_rgb(encoded(Image.new("RGB", stored[::-1]), "JPEG"), min_size=wanted)
+    assert image.shape[:2] == wanted and decoded_scale(stored, image.shape) == eighths / 8
 
 
 def test_damaged_exif_counts_as_upright() -> None:

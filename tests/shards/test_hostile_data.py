@@ -173,6 +173,15 @@ def test_impossible_indices_are_refused(tmp_path: Path, arrays: dict[str, np.nda
         read_index(raw_index(tmp_path, arrays=arrays))
 
 
+def test_a_key_that_ends_inside_a_character_is_refused(tmp_path: Path) -> None:
+    data = index_bytes(keys=("a", "é"))
+    (tmp_path / "a.index").write_bytes(data)
+    assert read_index(tmp_path / "a.index").keys() == ["a", "é"]
+    (tmp_path / "a.index").write_bytes(index_bytes(keys=("a", "é"), arrays={"key_end": np.array([2, 3])}))
+    with pytest.raises(IndexFault, match=r"a.index: damaged index .*inside a character"):
+        read_index(tmp_path / "a.index")
+
+
 @pytest.mark.parametrize(
     "changes", [{"schema": 2}, {"num_samples": 10**12}, {"num_samples": "x"}, {"num_bytes": 10}, {"skipped": 3}]
 )
