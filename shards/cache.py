@@ -9,6 +9,7 @@ deleted at any time and its bytes are free at once.
 import errno
 import fcntl
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +21,17 @@ from shards.plain import open_plain
 
 PART = ".part"
 LOCK = ".lock"
+# A folder that somebody names for the cache may hold files of their own: nothing else in it is counted or deleted.
+_OURS = re.compile(rf"[0-9a-f]{{64}}\.(tar|file)({re.escape(PART)})?")
 TOUCH_S = 30.0
 
 Outcome = Literal["stored", "busy", "full"]
 
 
 class Cache:
-    """A folder that holds at most `max_bytes`, the least recently used deleted first. Nothing in it is precious.
+    """Copies of at most `max_bytes` in a folder, the least recently used deleted first. No copy is precious.
+
+    Copies are named `<SHA-256>.tar` or `<SHA-256>.file`; files of other names are left alone.
 
     Args:
         idle_s: copies used within this many seconds are never deleted for others: a cache that is smaller than what
@@ -150,7 +155,7 @@ class Cache:
         idle, total = [], 0
         before = time.time_ns() - int(self.idle_s * 1e9)
         for entry in os.scandir(self.folder):
-            if entry.name in (keep, LOCK) or not entry.is_file(follow_symlinks=False):
+            if entry.name == keep or not _OURS.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
                 continue
             if entry.name.endswith(PART) and _delete_orphan(Path(entry.path)):
                 continue
@@ -166,7 +171,7 @@ class Cache:
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One process at a time; held for a look through the folder, never during a download."""
-        with open(self.folder / LOCK, "w") as lock:
+        with open(self.folder / LOCK, "a") as lock:
             fcntl.flock(lock.fileno(), fcntl.LOCK_EX)
             yield
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from shards.cache import Cache
 from shards.index import read_index, write_index
 from shards.reader import BadSample, ShardSet
 from shards.writer import index_path
@@ -102,6 +103,18 @@ def test_the_cache_stays_within_its_bound(local: ShardSet, web: SpoilingProxy, t
         watcher.join()
     assert bound // 3 < most[0] <= bound
     assert max(downloads(web, file) for file in local.manifest.files) > 2  # something had to go and come back
+
+
+def test_files_that_are_no_copies_are_neither_deleted_nor_counted(tmp_path: Path) -> None:
+    """Somebody's scratch folder is named for the cache: only old copies, and parts of killed writers, make room."""
+    copies = [f"{digit * 64}.{ending}" for digit, ending in (("a", "tar"), ("b", "file"), ("c", "tar.part"))]
+    foreign = ["thesis.tex", "download.part", ".lock", "e" * 64, f"{'f' * 63}.tar", f"{'a' * 64}.tar.bak"]
+    for name in copies + foreign:
+        (tmp_path / name).write_bytes(b"x" * 900)
+        os.utime(tmp_path / name, (1, 1))
+    assert Cache(tmp_path, 1000).fill("d" * 64 + ".tar", 500, lambda file: file.write(bytes(500))) == "stored"
+    assert {path.name for path in tmp_path.iterdir()} == {*foreign, "d" * 64 + ".tar"}
+    assert all((tmp_path / name).read_bytes() == b"x" * 900 for name in foreign)
 
 
 def test_a_cache_smaller_than_what_is_read_is_not_emptied_over_and_over(local: ShardSet, web: SpoilingProxy) -> None:
