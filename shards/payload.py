@@ -31,7 +31,10 @@ def make_members(source: Source, item: Item, *, max_side: int | None, quality: i
     extension = file_extension(data)
     new_size = _reduced(height, width, max_side)
     if new_size is not None:
-        pixels = cv2.resize(decode_rgb(data, min_size=new_size), new_size[::-1], interpolation=cv2.INTER_AREA)
+        # libjpeg's eighths are rounded up to whole pixels: of other sides the last pixel would reach past the image,
+        # and the resize would shift what lies before it.
+        least = new_size if height % 8 == 0 and width % 8 == 0 else None
+        pixels = cv2.resize(decode_rgb(data, min_size=least), new_size[::-1], interpolation=cv2.INTER_AREA)
         data, extension = _encode_jpeg(pixels, quality), "jpg"
         if fixations is not None:
             scale = np.array([new_size[1] / width, new_size[0] / height])
