@@ -1,7 +1,8 @@
 """Pack images, with gaze where there is any, into shards: `python shards/pack.py --help`.
 
 Which image goes where is planned first, from names and sizes alone; then processes write shards independently. A pack
-that was stopped or killed goes on when the same command is given again, and ends in the same bytes.
+that was stopped or killed goes on when the same command is given again, and ends in the same bytes. Given for a
+finished set, it writes those shards again that were lost or damaged.
 """
 
 import errno
@@ -16,13 +17,23 @@ from engine.errors import InputError
 from engine.program import run_program
 from shards.location import local_folder
 from shards.manifest import FILE_NAME, Manifest, make_manifest, read_manifest, write_manifest
-from shards.packing import Job, Skipped, available_cores, exclusive, write_shards
+from shards.packing import (
+    WORK_FOLDER,
+    Job,
+    Skipped,
+    available_cores,
+    exclusive,
+    lost_shards,
+    rewrite_shards,
+    write_shards,
+)
 from shards.payload import gaze_of
 from shards.plan import Plan, make_plan
 from shards.sources.base import Source, SourceConfig, make_source
 
 NUM_NAMED = 20
 MAX_QUALITY = 95
+DONE = "already packed, nothing to do"
 
 
 @dataclass
@@ -32,7 +43,7 @@ class PackConfig:
     source: SourceConfig = field(default_factory=SourceConfig)
     """What to pack."""
     output: str = ""
-    """Folder for the shards. Must be new, empty, or hold an unfinished pack of the same images and options."""
+    """Folder for the shards. Must be new, empty, or hold a pack of the same images and options, finished or not."""
     name: str = ""
     """Name of the set in reports; empty takes the output folder's name."""
     shard_mb: PositiveFloat = 100.0
@@ -50,29 +61,24 @@ class PackConfig:
     decode: bool = False
     """Decode every image while packing, to find damaged ones now. Headers are always checked."""
     max_bad_fraction: ClosedUnitInterval = 1e-3
-    """Share of unusable images above which packing stops; fewer are left out and named in the manifest."""
+    """Share of unusable images above which packing stops, until it is raised; fewer are left out and named in the
+    manifest."""
     workers: NonNegativeInt = 0
     """Processes; 0 takes one per available core."""
 
 
 def main(config: PackConfig) -> None:
     """Pack what the options describe and say what came out."""
-    if _is_done(config, plan := _plan(config, source := make_source(config.source))):
-        sys.stdout.write(f"{config.output}: already packed, nothing to do\n")
-        return
-    manifest = _pack(config, source, plan)
-    skipped = manifest.extra["source"]["num_skipped"]
-    sys.stdout.write(
-        f"{config.output}: {manifest.num_samples} samples in {manifest.num_shards} shards, "
-        f"{manifest.num_bytes / 1e6:.1f} MB, {len(manifest.classes)} classes, {skipped} images left out\n"
-    )
+    source = make_source(config.source)
+    _, done = _pack(config, source, _plan(config, source))
+    sys.stdout.write(f"{config.output}: {done}\n")
 
 
 def check(config: PackConfig) -> list[str]:
     """What `--check` prints: the source read and planned, nothing written."""
     source = make_source(config.source)
     plan = _plan(config, source)
-    done = _is_done(config, plan)
+    done = _finished(config, plan) is not None
     gaze = "no gaze" if source.gaze is None else f"gaze {source.gaze['edition']}"
     return [
         f"source {config.source.path}: {plan.num_items} images, {len(source.classes)} classes, {gaze}",
@@ -85,10 +91,10 @@ def pack(source: Source, output: Path | str, **options: Any) -> Manifest:
 
     Raises:
         InputError: see `main`.
+        Fault: the source cannot be read for now.
     """
     config = PackConfig(output=str(output), **options)
-    plan = _plan(config, source)
-    return read_manifest(output) if _is_done(config, plan) else _pack(config, source, plan)
+    return _pack(config, source, _plan(config, source))[0]
 
 
 def _plan(config: PackConfig, source: Source) -> Plan:
@@ -112,20 +118,25 @@ def _settings(config: PackConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _is_done(config: PackConfig, plan: Plan) -> bool:
-    """Whether the output already holds exactly this set.
+def _finished(config: PackConfig, plan: Plan) -> Manifest | None:
+    """The manifest of exactly this set, where the output holds it.
 
     Raises:
-        InputError: it holds another one.
+        InputError: it holds another one, or its manifest is damaged.
     """
     if not (Path(config.output) / FILE_NAME).exists():
-        return False
-    settings = read_manifest(config.output).extra.get("settings")
-    if not isinstance(settings, dict) or settings.get("plan") != plan.digest:
+        return None
+    try:
+        manifest = read_manifest(config.output)
+    except InputError as error:
+        raise InputError(f"{error}; to pack again, delete {config.output} first") from error
+    settings = manifest.extra.get("settings")
+    same_plan = isinstance(settings, dict) and settings.get("plan") == plan.digest
+    if not same_plan or manifest.num_shards != len(plan.shards):
         raise InputError(
             f"{config.output}: holds a set of other images or options: choose another --output, or delete that folder"
         )
-    return True
+    return manifest
 
 
 def _named(skipped: Skipped) -> list[list[str]]:
@@ -133,24 +144,20 @@ def _named(skipped: Skipped) -> list[list[str]]:
     return [list(entry) for entry in skipped[:NUM_NAMED]]
 
 
-def _pack(config: PackConfig, source: Source, plan: Plan) -> Manifest:
-    output = Path(config.output)
-    options = {"max_side": config.max_side, "quality": config.quality, "decode": config.decode}
+def _pack(config: PackConfig, source: Source, plan: Plan) -> tuple[Manifest, str]:
+    """The set's manifest, and what was done for it in words."""
+    output, workers = Path(config.output), config.workers or available_cores()
+    job = Job(source, plan, output, {"max_side": config.max_side, "quality": config.quality, "decode": config.decode})
+    manifest = _finished(config, plan)
+    lost = lost_shards(output, manifest, workers=workers) if manifest else []
+    if manifest and not lost and not (output / WORK_FOLDER).exists():
+        return manifest, DONE
     try:
         with exclusive(output, plan.digest):
-            job = Job(source, plan, output, options)
-            limit = int(config.max_bad_fraction * plan.num_items)
-            records, skipped = write_shards(job, workers=config.workers or available_cores(), max_bad=limit)
-            manifest = make_manifest(
-                records,
-                kind="images",
-                name=config.name or output.resolve().name,
-                classes=source.classes,
-                source=source.describe() | {"num_skipped": len(skipped), "skipped": _named(skipped)},
-                gaze=gaze_of(source, max_side=config.max_side),
-                settings=_settings(config) | {"plan": plan.digest},
-            )
-            write_manifest(output, manifest)
+            if manifest is None:
+                return _write(config, job, workers=workers)
+            if lost:
+                rewrite_shards(job, manifest, lost, workers=workers)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
@@ -158,7 +165,28 @@ def _pack(config: PackConfig, source: Source, plan: Plan) -> Manifest:
             f"{output}: cannot be written ({error.strerror}): make room or choose another --output; the same command "
             "goes on where it stopped"
         ) from error
-    return manifest
+    again = f"{len(lost)} of {manifest.num_shards} shards were missing or damaged and are written again"
+    return manifest, again if lost else DONE
+
+
+def _write(config: PackConfig, job: Job, *, workers: int) -> tuple[Manifest, str]:
+    """Write what is missing of the shards, then the manifest."""
+    limit = int(config.max_bad_fraction * job.plan.num_items)
+    records, skipped = write_shards(job, range(len(job.plan.shards)), workers=workers, max_bad=limit)
+    manifest = make_manifest(
+        records,
+        kind="images",
+        name=config.name or job.output.resolve().name,
+        classes=job.source.classes,
+        source=job.source.describe() | {"num_skipped": len(skipped), "skipped": _named(skipped)},
+        gaze=gaze_of(job.source, max_side=config.max_side),
+        settings=_settings(config) | {"plan": job.plan.digest},
+    )
+    write_manifest(job.output, manifest)
+    return manifest, (
+        f"{manifest.num_samples} samples in {manifest.num_shards} shards, {manifest.num_bytes / 1e6:.1f} MB, "
+        f"{len(manifest.classes)} classes, {len(skipped)} images left out"
+    )
 
 
 if __name__ == "__main__":

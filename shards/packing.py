@@ -7,22 +7,22 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
-from engine.files import write_json
+from engine.files import fsync_directory, sha256_of, write_json
 from engine.forking import end_opencv_threads
 from engine.progress import ProgressBar
 from shards.index import IndexFault, read_index
-from shards.manifest import FILE_NAME, ShardRecord
+from shards.manifest import FILE_NAME, Manifest, ShardRecord
 from shards.payload import make_members
 from shards.plan import Plan
-from shards.sources.base import Source
+from shards.sources.base import Source, refuse_passing
 from shards.writer import ShardWriter, index_path, record_of, remove_temporaries, shard_name
 
 WORK_FOLDER = ".packing"
@@ -60,15 +60,21 @@ def exclusive(output: Path, plan_digest: str) -> Iterator[None]:
 
     The lock is inherited by the packing processes, so it stays held until the last process of a killed pack is gone.
 
+    What was written stays when the pack ends with an error, for the next one to go on. A finished set keeps no trace.
+
     Raises:
         InputError: the folder holds something else, another plan's unfinished pack, or is in use.
     """
     work = output / WORK_FOLDER
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: is a file: give a folder as --output")
-    if output.exists() and any(output.iterdir()) and not work.is_dir():
-        raise InputError(f"{output}: is not empty and holds no unfinished pack: choose another --output")
-    new = not output.exists() or not any(output.iterdir())
+    if output.exists() and not work.is_dir() and not (output / FILE_NAME).exists():
+        if any(output.glob("shard-*")):
+            raise InputError(
+                f"{output}: holds shards without {FILE_NAME}: put that back, or delete that folder and pack again"
+            )
+        if any(output.iterdir()):
+            raise InputError(f"{output}: is not empty and holds no unfinished pack: choose another --output")
     work.mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
         _take(lock.fileno(), output)
@@ -76,13 +82,9 @@ def exclusive(output: Path, plan_digest: str) -> Iterator[None]:
         remove_temporaries(output)
         try:
             yield
-        except InputError:
-            # Bad input leaves nothing half-written; what an earlier run left stays, for the right command to go on.
-            if new:
-                shutil.rmtree(output, ignore_errors=True)
-            raise
-        if (output / FILE_NAME).exists():
-            shutil.rmtree(work)
+        finally:
+            if (output / FILE_NAME).exists():
+                shutil.rmtree(work)
 
 
 def _take(descriptor: int, output: Path) -> None:
@@ -112,18 +114,68 @@ def _claim(path: Path, plan_digest: str, output: Path) -> None:
         )
 
 
-def write_shards(job: Job, *, workers: int, max_bad: int) -> tuple[list[ShardRecord], Skipped]:
-    """Write the shards that are missing; records and left-out images of all, in order.
+def lost_shards(output: Path, manifest: Manifest, *, workers: int) -> list[int]:
+    """Shards of a finished set of which a file is missing or has other bytes than the manifest says."""
+
+    def is_sound(number: int) -> bool:
+        tar = output / manifest.files[number]
+        try:
+            return _matches(manifest, number, sha256=sha256_of(tar), index_sha256=sha256_of(index_path(tar)))
+        except OSError:
+            return False
+
+    lost = []
+    # Threads will do: hashing leaves the interpreter's lock to the others.
+    with ThreadPoolExecutor(workers) as pool, ProgressBar(manifest.num_samples, "comparing") as bar:
+        for number, sound in enumerate(pool.map(is_sound, range(manifest.num_shards))):
+            lost += [] if sound else [number]
+            bar.update(int(manifest.num_samples_of[number]))
+    return lost
+
+
+def _matches(manifest: Manifest, number: int, *, sha256: str, index_sha256: str) -> bool:
+    return (sha256, index_sha256) == (manifest.hash_of(number, "sha256"), manifest.hash_of(number, "index_sha256"))
+
+
+def rewrite_shards(job: Job, manifest: Manifest, lost: Sequence[int], *, workers: int) -> None:
+    """Write shards of a finished set again. Each takes its place only if it is, to the byte, the manifest's.
+
+    Raises:
+        InputError: some are not, as the images or what encodes them have changed.
+    """
+    apart = replace(job, output=job.output / WORK_FOLDER)
+    records, _ = write_shards(apart, lost, workers=workers, max_bad=job.plan.num_items)
+    other = []
+    for number, record in zip(lost, records, strict=True):
+        if not _matches(manifest, number, sha256=record.sha256, index_sha256=record.index_sha256):
+            other.append(record.file)
+            continue
+        for path in (apart.output / record.file, index_path(apart.output / record.file)):
+            os.replace(path, job.output / path.name)
+    fsync_directory(job.output)
+    if other:
+        raise InputError(
+            f"{job.output}: {len(other)} of {manifest.num_shards} shards come out otherwise than {FILE_NAME} says, the "
+            f"first is {other[0]}: the images or the programs that encode them have changed since: bring those back, "
+            "or delete that folder and pack again"
+        )
+
+
+def write_shards(job: Job, numbers: Sequence[int], *, workers: int, max_bad: int) -> tuple[list[ShardRecord], Skipped]:
+    """Write those of the given shards that are missing; records and left-out images of all of them, in order.
 
     Args:
+        numbers: ascending.
         max_bad: unusable images that may be left out.
 
     Raises:
         InputError: more unusable images than that.
+        Fault: the source cannot be read for now.
     """
-    found = {number: done for number in range(len(job.plan.shards)) if (done := _complete(job, number)) is not None}
-    missing = [number for number in range(len(job.plan.shards)) if number not in found]
-    with ProgressBar(job.plan.num_items, "packing", done=sum(len(job.plan.shards[number]) for number in found)) as bar:
+    found = {number: shard for number in numbers if (shard := _complete(job, number)) is not None}
+    missing = [number for number in numbers if number not in found]
+    total, done = (sum(len(job.plan.shards[number]) for number in part) for part in (numbers, found))
+    with ProgressBar(total, "packing", done=done) as bar:
         if missing:
             found |= _run(job, missing, workers=min(workers, len(missing)), bar=bar, max_bad=max_bad, found=found)
     skipped = [entry for number in sorted(found) for entry in found[number][1]]
@@ -136,7 +188,8 @@ def _refuse(skipped: Skipped, job: Job, *, max_bad: int) -> None:
         name, reason = skipped[0]
         raise InputError(
             f"{len(skipped)} of {job.plan.num_items} images cannot be used, at most {max_bad} may be left out; the "
-            f"first is {name!r} ({reason}): repair or remove them, or raise --max_bad_fraction"
+            f"first is {name!r} ({reason}): raise --max_bad_fraction, which goes on with what is written, or repair or "
+            f"remove them, delete {job.output} and pack again"
         )
     if len(skipped) == job.plan.num_items:
         raise InputError(f"none of the {job.plan.num_items} images can be used, the first is {skipped[0][0]!r}")
@@ -202,6 +255,7 @@ def _write(number: int) -> tuple[ShardRecord, Skipped]:
             try:
                 members = make_members(job.source, item, **job.options)
             except (ValueError, OSError) as error:
+                refuse_passing(error, item.name)
                 name = item.name.encode("utf-8", "backslashreplace").decode()
                 # Only the reason: a full message may name the folder, and packs must not depend on where they run.
                 writer.skipped.append((name, _reason(error)))

@@ -1,5 +1,6 @@
 """What every source offers to packing, and the options that choose one."""
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -9,12 +10,19 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from engine.errors import InputError
+from engine.errors import Fault, InputError
 from shards.keys import make_key
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
 Fixations = list[list[list[int]]]
+
+# What the system says of one file for good; None is a decoder's word on its bytes. Any other error (a share that does
+# not answer, no memory, too many open files) may be over at the next try.
+_LASTING = frozenset((
+    None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.EINVAL,
+))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +81,10 @@ class Source(Protocol):
         ...
 
     def read(self, item: Item) -> bytes:
-        """Encoded bytes of an image. Raises OSError or ValueError when that one cannot be read."""
+        """Encoded bytes of an image. Raises OSError or ValueError when that one cannot be read.
+
+        It is then left out for good, unless the OSError is one that may pass: that ends the pack.
+        """
         ...
 
     def fixations(self, item: Item) -> Fixations | None:
@@ -99,6 +110,19 @@ def existing_folder(path: str | Path, what: str) -> Path:
     if not folder.is_dir():
         raise InputError(f"{folder}: is not a folder: give the path of {what}")
     return folder
+
+
+def refuse_passing(error: Exception, where: Path | str) -> None:
+    """Let an error stand for the file that it came from only where it says something about that file.
+
+    Raises:
+        Fault: the system failed for now: nothing may be left out for that.
+    """
+    if isinstance(error, OSError) and error.errno not in _LASTING:
+        raise Fault(
+            f"{where}: cannot be read ({error.strerror}), which may pass: the same command goes on where it stopped; "
+            "if it stays so, restore that file"
+        ) from error
 
 
 def walk_images(root: Path) -> Iterator[tuple[str, int]]:

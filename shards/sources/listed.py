@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.errors import InputError
 from shards.plain import read_plain
-from shards.sources.base import Fixations, Item
+from shards.sources.base import Fixations, Item, refuse_passing
 
 
 class ListedImages:
@@ -23,6 +23,7 @@ class ListedImages:
 
     Raises:
         InputError: no images, a name twice, or one that leads out of the folder.
+        Fault: the size of a file cannot be read for now.
     """
 
     gaze: dict[str, Any] | None = None
@@ -70,7 +71,8 @@ class ListedImages:
             raise InputError(f"{self.root}: the lists name {place[:80]!r}, outside it: take the release's lists")
         try:
             return (self.root / place).stat().st_size
-        except OSError:
+        except OSError as error:
+            refuse_passing(error, self.root / place)
             return 0
 
 

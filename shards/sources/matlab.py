@@ -1,5 +1,6 @@
 """Reading MATLAB files: any fault in one becomes one line."""
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -9,6 +10,8 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
 from engine.errors import InputError
+from shards.plain import read_plain
+from shards.sources.base import refuse_passing
 
 
 def load_mat(path: Path) -> dict[str, Any]:
@@ -16,9 +19,11 @@ def load_mat(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: missing, damaged, or of version 7.3 (which is HDF5).
+        Fault: it cannot be read for now.
     """
     try:
-        content: dict[str, Any] = loadmat(str(path), squeeze_me=True, struct_as_record=False)
+        data = io.BytesIO(read_plain(path))
+        content: dict[str, Any] = loadmat(data, squeeze_me=True, struct_as_record=False)
     except NotImplementedError as error:
         raise InputError(f"{path}: is a MATLAB 7.3 file: save it in MATLAB with the option '-v7'") from error
     except FileNotFoundError as error:
@@ -27,5 +32,6 @@ def load_mat(path: Path) -> dict[str, Any]:
         OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError, EOFError,
         UnicodeError, struct.error, zlib.error, MatReadError,
     ) as error:  # fmt: skip
+        refuse_passing(error, path)
         raise InputError(f"{path}: damaged MATLAB file ({type(error).__name__}: {str(error)[:80]})") from error
     return content

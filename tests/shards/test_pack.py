@@ -176,7 +176,6 @@ def test_unusable_images_are_left_out_and_counted_or_stop_the_pack(image_folder:
     source = ImageFolder(image_folder)
     with pytest.raises(InputError, match=r"\d of 25 images cannot be used, at most 0 may be left out"):
         pack(source, tmp_path / "strict", workers=1)
-    assert not (tmp_path / "strict").exists()
     manifest = pack(source, tmp_path / "lenient", workers=1, max_bad_fraction=0.1)
     assert manifest.num_samples == 23 and manifest.extra["source"]["num_skipped"] == 2
     assert sorted(manifest.extra["source"]["skipped"]) == [
