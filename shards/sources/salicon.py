@@ -129,6 +129,10 @@ class Salicon:
             )
         if wanted in ("2017", "simulated") and not has_mat:
             raise InputError(f"{self.root}: edition {wanted} is .mat files, none found: unpack them or give 2015")
+        if wanted == "2015" and not json_files:
+            raise InputError(
+                f"{self.root}: edition 2015 is JSON (fixations_train2014.json), none found: unpack it or give 2017"
+            )
         return wanted if wanted != "auto" else ("2017" if has_mat else "2015")
 
     def _mat_of(self, name: str) -> Path | None:

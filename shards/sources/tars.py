@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
+from shards.keys import check_key
 from shards.sources.base import IMAGE_SUFFIXES, Fixations, Item
 from shards.tar import Member, TarError, scan
+
+# Every class up to the highest gets a name, so a damaged number must not fill the memory.
+MAX_CLASSES = 1_000_000
 
 
 class Tars:
@@ -16,7 +20,8 @@ class Tars:
     several archives, from the archives' names; otherwise the set has none.
 
     Raises:
-        InputError: nothing there, a damaged archive, links in it, or no images.
+        InputError: nothing there, a damaged archive, links or names that lead out in it, a `.cls` member that is no
+            class index below `MAX_CLASSES`, or no images.
     """
 
     gaze: dict[str, Any] | None = None
@@ -62,9 +67,10 @@ class Tars:
                     if name.lower().endswith(IMAGE_SUFFIXES):
                         if name in self._place:
                             raise TarError(f"member {name[:80]!r} occurs twice")
+                        check_key(Item(name, member.size).key)
                         self._place[name] = (file, member)
                     elif name.endswith(".cls"):
-                        given[name.removesuffix(".cls")] = int(_pread(file, member))
+                        given[name.removesuffix(".cls")] = _class_index(file, member)
         except (OSError, ValueError) as error:
             raise InputError(f"{file}: cannot be read as a tar of images ({error}): make the archive again") from error
 
@@ -74,7 +80,7 @@ class Tars:
         stems = [name.rpartition(".")[0] for name in names]
         if given:
             missing = [name for name, stem in zip(names, stems, strict=True) if stem not in given]
-            if missing or min(given.values()) < 0:
+            if missing:
                 raise InputError(f"{self.root}: images without a .cls member, the first is {missing[:1]}: add them")
             self.classes = tuple(str(index) for index in range(max(given.values()) + 1))
             return [Item(*row) for row in zip(names, sizes, (given[stem] for stem in stems), strict=True)]
@@ -84,6 +90,13 @@ class Tars:
         self.classes = tuple(sorted(set(folders)))
         number = {name: index for index, name in enumerate(self.classes)}
         return [Item(*row) for row in zip(names, sizes, (number[folder] for folder in folders), strict=True)]
+
+
+def _class_index(path: Path, member: Member) -> int:
+    text = _pread(path, member).strip() if member.size <= 32 else b""
+    if not text.isdigit() or int(text) >= MAX_CLASSES:
+        raise TarError(f"member {member.name[:80]!r} is no class index from 0 to {MAX_CLASSES - 1}")
+    return int(text)
 
 
 def _pread(path: Path, member: Member) -> bytes:

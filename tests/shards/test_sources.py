@@ -17,7 +17,7 @@ import pytest
 from scipy.io import savemat
 from scipy.ndimage import gaussian_filter
 
-from engine.errors import InputError
+from engine.errors import Fault, InputError
 from shards.decode import decode_rgb
 from shards.pack import pack
 from shards.reader import ShardSet
@@ -144,6 +144,21 @@ def test_two_editions_in_one_folder_need_a_choice(salicon: Callable[..., Path]) 
     for edition in ("2015", "2017"):
         assert Salicon(root, edition=edition).gaze == {"edition": f"salicon-{edition}", "sigma": SIGMA}
     assert Salicon(root, edition="simulated").gaze == {"edition": "simulated", "sigma": SIGMA}
+
+
+@pytest.mark.parametrize(("there", "asked"), [("2015", "2017"), ("2017", "2015"), ("2015", "simulated")])
+def test_an_edition_whose_files_are_not_there_is_refused(salicon: Callable[..., Path], there: str, asked: str) -> None:
+    with pytest.raises(InputError, match=rf"edition {asked} is .* none found.*or give {there}"):
+        Salicon(salicon(edition=there), edition=asked)
+
+
+def test_gaze_that_cannot_be_read_for_now_ends_the_pack(salicon: Callable[..., Path], tmp_path: Path) -> None:
+    source = Salicon(salicon())
+    path = tmp_path / "salicon/fixations/train/COCO_train2014_000000000002.mat"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # a plain file to open, and EIO to read
+    with pytest.raises(Fault, match=r"000002.mat: cannot be read.*Input/output error"):
+        pack(source, tmp_path / "set", workers=1, max_bad_fraction=0.5)
 
 
 def test_salicon_without_its_parts_is_refused(salicon: Callable[..., Path], tmp_path: Path) -> None:
@@ -296,11 +311,15 @@ def test_tars_refusals(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
     with pytest.raises(InputError, match=r"without a .cls member, the first is \['2.jpg'\]"):
         Tars(tmp_path / "x.tar")
     write_tar(tmp_path / "x.tar", {"../up.jpg": jpeg()})
-    with pytest.raises(InputError, match=r"'\.\.' part"):
-        pack(Tars(tmp_path / "x.tar"), tmp_path / "set", workers=1)
+    with pytest.raises(InputError, match=r"x\.tar: .*'\.\./up' has a '\.' or '\.\.' part"):
+        Tars(tmp_path / "x.tar")
     write_tar(tmp_path / "x.tar", {"/etc/absolute.jpg": jpeg()})
-    with pytest.raises(InputError, match="'/etc/absolute' is empty, absolute"):
-        pack(Tars(tmp_path / "x.tar"), tmp_path / "set", workers=1)
+    with pytest.raises(InputError, match=r"x\.tar: .*'/etc/absolute' is empty, absolute"):
+        Tars(tmp_path / "x.tar")
+    for text in (b"99999999999", b"1000000", b"-1", b"", b"cat", b"9" * 5000):
+        write_tar(tmp_path / "x.tar", {"1.jpg": jpeg(), "1.cls": text})
+        with pytest.raises(InputError, match=r"x\.tar: .*member '1\.cls' is no class index"):
+            Tars(tmp_path / "x.tar")
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
         write_tar(tmp_path / "x.tar", {"1.jpg": jpeg()}, link=kind)
         with pytest.raises(InputError, match=r"'link.jpg' is not a plain file"):
