@@ -4,8 +4,11 @@ Any number of processes may write any shards of one set at the same time: a shar
 and whoever comes second keeps the first one's bytes. When every shard is there, `seal_labels` writes the manifest.
 """
 
+import json
 import re
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import numpy as np
 
 from attention.maps import encode_map_np
 from engine.errors import InputError
+from engine.files import atomic_write
 from shards.index import IndexFault
 from shards.location import local_folder
 from shards.manifest import Manifest, ShardRecord, make_manifest, write_manifest
@@ -25,6 +29,10 @@ MAP = "map.png"
 # Codes are multiples of it: KLD 2e-4 from the floats instead of 5e-5, for a fifth fewer bytes and a plainer PNG.
 STEP = 2
 ENCODING = "sqrt8"
+SETTINGS = ".settings.json"
+# A shard's temporary file is written in seconds: one that has not changed for so long has lost its writer.
+DEAD_AFTER_S = 86_400.0
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 def label_directory(root: Path | str, teacher_hash: str) -> Path:
@@ -33,9 +41,42 @@ def label_directory(root: Path | str, teacher_hash: str) -> Path:
     Raises:
         InputError: the hash is not hexadecimal or too short.
     """
-    if not re.fullmatch(r"[0-9a-f]{16,}", teacher_hash):
+    if not is_teacher_hash(teacher_hash):
         raise InputError(f"teacher hash {teacher_hash[:40]!r}: at least 16 lower-case hexadecimal digits are needed")
     return Path(root) / teacher_hash[:16]
+
+
+def is_teacher_hash(value: object) -> bool:
+    """Whether a value, which may come from a manifest of any origin, names a teacher and can name a folder."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16,}", value) is not None
+
+
+def claim_directory(directory: Path, settings: dict[str, Any]) -> None:
+    """Create a label folder for these settings, or check that it has the same.
+
+    Args:
+        settings: what its labels depend on beside the teacher, such as `images` (digest); JSON.
+
+    Raises:
+        InputError: it holds this teacher's labels of other images or with other settings, or cannot be written.
+    """
+    path = local_folder(directory, what="a label set") / SETTINGS
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            # two tasks may both come here; with the same settings they write the same bytes
+            atomic_write(path, (json.dumps(settings) + "\n").encode())
+        found = dict(json.loads(path.read_bytes()))
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"{directory}: cannot be written ({error.strerror}): choose another --output") from error
+    except (ValueError, TypeError, RecursionError):
+        found = {}  # damaged: nobody knows what the labels were made of
+    if found != settings:
+        what = next((key for key in settings if found.get(key) != settings[key]), "settings")
+        raise InputError(
+            f"{directory} holds labels of other {what} ({str(found.get(what, 'unknown'))[:12]}, now "
+            f"{str(settings.get(what))[:12]}): give another --output, or delete that folder"
+        )
 
 
 def encode_label(density: np.ndarray) -> bytes:
@@ -70,7 +111,7 @@ def write_label_shard(
         InputError: a key that is not in the image shard or comes twice, or an unusable older file in the way.
     """
     path = label_shard_path(directory, images, shard)
-    keys = stored_keys(images, shard)
+    keys = _stored_keys(images, shard)
     given: dict[str, bytes] = {}
     for key, data in maps:
         if key in given:
@@ -96,13 +137,16 @@ def seal_labels(
 ) -> Manifest:
     """Write the manifest of a label set whose shards are all complete. Sealing again gives the same bytes.
 
+    What killed writers left is removed once it is a day old.
+
     Args:
         teacher: at least `hash`; kept as it is.
         settings: for maps at least `size` [height, width], for objects their `encoding`; kept as it is, with the
             encoding of maps where none is named.
 
     Raises:
-        InputError: shards are missing or damaged, or hold other keys than the images.
+        InputError: shards are missing or damaged, or hold other keys than the images; or teacher or settings are not
+            JSON.
     """
     directory = local_folder(directory, what="a label set")
     count = images.manifest.num_shards
@@ -127,11 +171,25 @@ def seal_labels(
     for shard, record in enumerate(records):
         if record.keys_digest != images.manifest.hash_of(shard, "keys_digest"):
             raise InputError(f"{directory}/{record.file}: holds other keys than the image shard: label it again")
-    write_manifest(directory, manifest)
+    try:
+        write_manifest(directory, manifest)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{directory}: teacher or settings cannot be written as JSON ({error}): correct them"
+        ) from error
+    _remove_dead(directory)
     return manifest
 
 
-def stored_keys(images: ShardSet, shard: int) -> list[str]:
+def _remove_dead(directory: Path) -> None:
+    """Delete temporary files without a writer. By their age: writers on other machines may be at work."""
+    for path in directory.glob(".*.tmp"):
+        with suppress(OSError):  # another task was faster, or it is another user's
+            if _TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > DEAD_AFTER_S:
+                path.unlink()
+
+
+def _stored_keys(images: ShardSet, shard: int) -> list[str]:
     """All keys of an image shard, quarantined ones included: label rows follow the rows on disk."""
     try:
         return images.stored_keys(shard)

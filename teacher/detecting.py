@@ -16,13 +16,13 @@ from engine.loading import make_loader
 from engine.progress import ProgressBar, report
 from shards.coco import CocoObjects, from_coco_results
 from shards.decode import decode_rgb
-from shards.labels import label_directory, labels_complete, write_label_shard
+from shards.labels import claim_directory, label_directory, labels_complete, write_label_shard
 from shards.manifest import OBJECT_ENCODING
 from shards.objects import OBJECTS, coco_masks
 from shards.reader import BadSample, ShardSet
 from teacher.detect_config import DetectConfig
 from teacher.detector import Detector, find_weights, load_detector
-from teacher.label_tasks import LabelWriter, ShardBatches, claim_directory, parse_controls, shards_of_task, write_set
+from teacher.label_tasks import LabelWriter, ShardBatches, parse_controls, shards_of_task, write_set
 
 
 def detect(config: DetectConfig) -> Path:

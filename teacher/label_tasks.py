@@ -1,6 +1,5 @@
 """What programs that write label sets share: an array task's part of the shards, whole shards or none, the seal."""
 
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,14 +9,12 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from engine.array_task import array_task
 from engine.errors import InputError
-from engine.files import atomic_write
 from engine.progress import ProgressBar, report
 from shards.controls import CONTROLS, write_control
 from shards.labels import MAP, labels_complete, seal_labels, write_label_shard
 from shards.packing import available_cores
 from shards.reader import ShardSet
 
-SETTINGS = ".settings.json"
 NUM_NAMED = 20
 PENDING_SHARDS = 4
 # One thread compresses several thousand maps a second; more than a few wait for Python's lock.
@@ -119,26 +116,6 @@ def shards_of_task(config: LabelOptions, images: ShardSet) -> range:
     part, num_parts = task * world_size + rank, num_tasks * world_size
     bounds = [first + i * (stop - first) // num_parts for i in (part, part + 1)]
     return range(*bounds)
-
-
-def claim_directory(directory: Path, settings: dict[str, Any]) -> None:
-    """Create the label folder for these settings, `images` (digest) among them, or check that it has the same.
-
-    Raises:
-        InputError: it holds this teacher's labels of other images or with other settings.
-    """
-    path = directory / SETTINGS
-    directory.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        # two tasks may both come here; they write the same bytes, or the check below tells the second
-        atomic_write(path, (json.dumps(settings) + "\n").encode())
-    found = json.loads(path.read_text())
-    if found != settings:
-        what = next((key for key in settings if found.get(key) != settings[key]), "settings")
-        raise InputError(
-            f"{directory} holds this teacher's labels of other {what} ({str(found.get(what))[:12]}, now "
-            f"{str(settings.get(what))[:12]}): give another --output"
-        )
 
 
 class ShardBatches:

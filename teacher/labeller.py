@@ -18,12 +18,12 @@ from engine.forking import end_opencv_threads
 from engine.loading import make_loader
 from shards.decode import image_size
 from shards.gaze import resize_density
-from shards.labels import STEP, label_directory, labels_complete
+from shards.labels import STEP, claim_directory, label_directory, labels_complete
 from shards.map_png import encode_map_png
 from shards.reader import BadSample, ShardSet
 from teacher.data import load_image
 from teacher.label_config import LabelConfig
-from teacher.label_tasks import LabelWriter, ShardBatches, claim_directory, parse_controls, shards_of_task, write_set
+from teacher.label_tasks import LabelWriter, ShardBatches, parse_controls, shards_of_task, write_set
 from teacher.saved import SavedTeacher, load_teacher
 
 # Below it torch gives no work of a tensor to other threads, so a map's sum does not depend on the maps beside it.
@@ -75,16 +75,12 @@ def check(config: LabelConfig) -> list[str]:
 def describe(teacher: SavedTeacher) -> dict[str, Any]:
     """What the label manifest says about its teacher. Nothing of it depends on the clock, the machine or the task."""
     software = environment()
+    names = ("image_size", "step", "data", "sources", "gaze", "metrics")
     return {
         "hash": teacher.hash,
         "backbone": teacher.facts["model"]["backbone"],
-        "image_size": teacher.facts["image_size"],
-        "step": teacher.facts["step"],
-        "data": teacher.facts["data"],
-        # a teacher of an earlier version does not say
-        **({"sources": teacher.facts["sources"]} if "sources" in teacher.facts else {}),
-        "gaze": teacher.facts["gaze"],
-        "metrics": teacher.facts["metrics"],
+        # a teacher of an earlier version does not say all
+        **{name: teacher.facts[name] for name in names if name in teacher.facts},
         "software": {name: software[name] for name in ("python", "torch", "timm", "numpy")},
     }
 

@@ -2,16 +2,23 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from attention.maps import decode_map_np, encode_map_np, fixation_density
 from engine.errors import InputError
-from shards.controls import write_control
+from shards.controls import CONTROLS, write_control
 from shards.labels import (
     encode_label,
     label_directory,
@@ -21,12 +28,13 @@ from shards.labels import (
     write_label_shard,
 )
 from shards.manifest import read_manifest
-from shards.map_png import decode_map_png
+from shards.map_png import decode_map_png, encode_map_png
 from shards.pack import pack
 from shards.quarantine import BadEntry, write_quarantine
 from shards.reader import BadSample, ShardSet
 from shards.sources.image_folder import ImageFolder
 from shards.writer import index_path
+from tests.shards.conftest import jpeg
 
 TEACHER = "ab" * 32
 SIZE = (6, 8)
@@ -46,14 +54,30 @@ def stored_of(density: np.ndarray) -> np.ndarray:
     return decode_map_np(encode_map_np(density, step=2))
 
 
-def write_labels(images: ShardSet, root: Path, *, without: tuple[str, ...] = ()) -> Path:
+def write_labels(
+    images: ShardSet,
+    root: Path,
+    *,
+    without: tuple[str, ...] = (),
+    encode: Callable[[str], bytes] = lambda key: encode_label(density_of(key)),
+) -> Path:
     directory = label_directory(root, TEACHER)
     for shard in range(images.manifest.num_shards):
         keys = [key for key in images.keys(shard) if key not in without]
         random.Random(shard).shuffle(keys)  # any order will do
-        write_label_shard(directory, images, shard, [(key, encode_label(density_of(key))) for key in keys])
+        write_label_shard(directory, images, shard, [(key, encode(key)) for key in keys])
     seal_labels(directory, images, teacher={"hash": TEACHER}, settings={"size": list(SIZE)})
     return directory
+
+
+def spoil(directory: Path, **entries: Any) -> None:
+    """Give a set's manifest other entries."""
+    path = directory / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 def rows(shards: ShardSet) -> list[tuple[int, int]]:
@@ -275,3 +299,158 @@ def test_quarantines_of_images_and_labels_are_both_respected(packed: ShardSet, t
     again = write_labels(ShardSet(packed.root), tmp_path / "again")
     assert ShardSet(packed.root, labels=again).num_samples == 22
     shutil.rmtree(again)
+
+
+def test_the_rest_of_a_repaired_set_makes_controls(packed: ShardSet, tmp_path: Path) -> None:
+    labels = write_labels(packed, tmp_path)
+    lost = packed.keys(0)[0]
+    tar = labels / packed.manifest.files[0]
+    data = bytearray(tar.read_bytes())
+    data[512 + 30] ^= 1
+    tar.write_bytes(data)
+    for kind in CONTROLS:
+        with pytest.raises(InputError, match=r"bytes have changed.*run python shards/verify\.py"):
+            write_control(kind, packed, labels, tmp_path)
+    write_quarantine(labels, read_manifest(labels), [BadEntry(0, 0, lost, "x")])
+    mean = stored_of(
+        np.mean([expected(key) for shard in range(4) for key in packed.keys(shard) if key != lost], axis=0)
+    )
+    for kind in CONTROLS:
+        joined = ShardSet(packed.root, labels=write_control(kind, packed, labels, tmp_path)[0])
+        with pytest.raises(BadSample, match="none was written") as error:
+            joined.read(0, 0)
+        assert error.value.key == lost
+        samples = [joined.read(*place) for place in rows(joined)[1:]]
+        found = sorted(sample.map.tobytes() for sample in samples)
+        if kind == "shuffled":
+            assert found == sorted(expected(sample.key).tobytes() for sample in samples)
+            assert not any(np.array_equal(sample.map, expected(sample.key)) for sample in samples)
+        else:
+            assert set(found) == {mean.tobytes()}
+
+
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_a_control_of_other_labels_is_refused_and_kept(packed: ShardSet, tmp_path: Path, kind: str) -> None:
+    labels = write_labels(packed, tmp_path)
+    directory, _ = write_control(kind, packed, labels, tmp_path)
+    before = contents(directory)
+    shutil.rmtree(labels)
+    write_labels(packed, tmp_path, encode=lambda key: encode_label(density_of(key, salt=1)))
+    with pytest.raises(InputError, match=r"holds labels of other source \(\w{12}, now \w{12}\): .*delete that folder"):
+        write_control(kind, packed, labels, tmp_path)
+    assert contents(directory) == before
+    shutil.rmtree(directory)
+    write_control(kind, packed, labels, tmp_path)
+    # a list of bad samples changes which maps are shuffled, and the mean
+    (directory / "manifest.json").unlink()
+    write_quarantine(labels, read_manifest(labels), [BadEntry(0, 0, "", "x")])
+    with pytest.raises(InputError, match="holds labels of other samples"):
+        write_control(kind, packed, labels, tmp_path)
+
+
+def test_maps_that_have_no_mean_are_named(packed: ShardSet, tmp_path: Path) -> None:
+    key = packed.keys(1)[3]
+    sizes = write_labels(
+        packed, tmp_path / "a", encode=lambda own: encode_map_png(np.ones((3, 1) if own == key else (3, 3), np.uint8))
+    )
+    damaged = write_labels(
+        packed, tmp_path / "b", encode=lambda own: b"no PNG" if own == key else encode_label(density_of(own))
+    )
+    for labels, reason in ((sizes, "3x1, the others are 3x3"), (damaged, "no PNG of a sensible size")):
+        with pytest.raises(InputError, match=f"shard-000001.tar: sample '{key}': label map: .*{reason}.*verify"):
+            write_control("centre_bias", packed, labels, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_control_is_no_source_of_controls(packed: ShardSet, tmp_path: Path) -> None:
+    control, _ = write_control("centre_bias", packed, write_labels(packed, tmp_path), tmp_path)
+    with pytest.raises(InputError, match="itself a control: give the label set"):
+        write_control("shuffled", packed, control, tmp_path)
+
+
+@pytest.mark.parametrize("found", ["/{}/pwned" + "0" * 16, "../" + "a" * 16, "AB" * 8, "", None, 10**20, ["a" * 16]])
+def test_a_hash_in_a_manifest_names_no_other_place(packed: ShardSet, tmp_path: Path, found: object) -> None:
+    labels = write_labels(packed, tmp_path / "labels")
+    spoil(labels, teacher={"hash": found.format(tmp_path) if isinstance(found, str) else found})
+    before = contents(tmp_path)
+    for kind in CONTROLS:
+        with pytest.raises(InputError, match=r"manifest\.json: .*hash"):
+            write_control(kind, packed, labels, tmp_path / "labels")
+    assert contents(tmp_path) == before
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+KNOWN = {
+    "teacher": {"hash": TEACHER, "control": "shuffled", "seed": 0},
+    "settings": {"size": list(SIZE), "encoding": "coco_rle"},
+    "images": {"digest": "0" * 64, "name": "set"},
+}
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardSet, Path]:
+    """A small set and its labels."""
+    root = tmp_path_factory.mktemp("fuzzed")
+    for number in range(4):
+        (root / "images" / "one").mkdir(parents=True, exist_ok=True)
+        (root / "images" / "one" / f"{number}.jpg").write_bytes(jpeg(seed=number))
+    pack(ImageFolder(root / "images"), root / "set", shard_samples=2, workers=1)
+    images = ShardSet(root / "set")
+    return images, write_labels(images, root / "labels")
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(CONTROLS), entry=st.sampled_from(sorted(KNOWN)))
+def test_any_entry_of_a_manifest_makes_a_control_or_one_line(
+    fuzzed: tuple[ShardSet, Path], data: st.DataObject, kind: str, entry: str
+) -> None:
+    images, labels = fuzzed
+    sound = (labels / "manifest.json").read_bytes()
+    value = json.loads(sound)
+    if data.draw(st.booleans()):
+        value[entry] = data.draw(ANYTHING)
+    elif data.draw(st.booleans()):
+        del value[entry]
+    else:
+        key = data.draw(st.sampled_from(sorted(KNOWN[entry])) | st.text())
+        value[entry][key] = data.draw(st.just(KNOWN[entry].get(key)) | ANYTHING)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            (labels / "manifest.json").write_text(json.dumps(value))
+            directory, _ = write_control(kind, images, labels, Path(folder) / "labels")
+            assert directory.parent == Path(folder) / "labels"
+            objects = value["settings"].get("encoding") == "coco_rle"
+            assert ShardSet(images.root, labels=directory, objects=objects).num_samples == 4
+        except InputError as error:
+            assert "\n" not in str(error)
+        finally:
+            (labels / "manifest.json").write_bytes(sound)
+        assert {path.name for path in Path(folder).iterdir()} <= {"labels"}
+
+
+def test_what_cannot_be_written_as_json_is_refused_when_sealing(packed: ShardSet, tmp_path: Path) -> None:
+    labels = write_labels(packed, tmp_path)
+    (labels / "manifest.json").unlink()
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in (float("nan"), deep):
+        with pytest.raises(InputError, match="teacher or settings"):
+            seal_labels(labels, packed, teacher={"hash": TEACHER, "metrics": value}, settings={})
+    assert not (labels / "manifest.json").exists()
+
+
+def test_sealing_removes_what_dead_writers_left_and_nothing_else(packed: ShardSet, tmp_path: Path) -> None:
+    labels = write_labels(packed, tmp_path)
+    old, new = (f".shard-00000{number}.tar.{'0f' * 16}.tmp" for number in range(2))
+    users = (".notes.tmp", "shard.tmp", ".shard-000000.tar.tmp", f".{'0f' * 16}.tmp")
+    for name in (old, new, *users):
+        (labels / name).write_bytes(b"x")
+        if name != new:
+            os.utime(labels / name, (time.time() - 90_000,) * 2)
+    seal_labels(labels, packed, teacher={"hash": TEACHER}, settings={"size": list(SIZE)})
+    assert {path.name for path in labels.iterdir() if path.name.endswith(".tmp")} == {new, *users}

@@ -172,12 +172,12 @@ def test_a_teacher_of_an_earlier_version_still_labels(labels: Path, trained: Pat
     shutil.copytree(trained, tmp_path / "run")
     path = tmp_path / "run" / "best" / "config.json"
     facts = json.loads(path.read_text())
-    del facts["sources"], facts["model"]["stride"]
+    del facts["sources"], facts["step"], facts["model"]["stride"]
     path.write_text(json.dumps(facts))
     found = contents(label(config_of(tmp_path / "run", data, tmp_path / "labels")))
     about = json.loads(found.pop("manifest.json"))["teacher"]
     assert found == {name: data for name, data in contents(labels).items() if name != "manifest.json"}
-    assert "sources" not in about and about["data"] == facts["data"]
+    assert not {"sources", "step"} & about.keys() and about["data"] == facts["data"]
 
 
 def spoil(run: Path, what: str) -> None:
@@ -253,6 +253,29 @@ def test_a_folder_with_other_labels_is_refused(labels: Path, trained: Path, data
     with pytest.raises(InputError, match="labels of other images"):
         label(config_of(trained, data, labels.parent, shards=data / "train"))
     assert contents(labels) == before
+
+
+@pytest.mark.parametrize("found", ["", "{", "[]", "null", '{"images": 5}', "[" * 100_000])
+def test_a_damaged_note_of_the_settings_is_refused(labels: Path, trained: Path, data: Path, found: str) -> None:
+    note = labels / ".settings.json"
+    sound = note.read_text()
+    try:
+        note.write_text(found)
+        with pytest.raises(InputError, match="another --output"):
+            label(config_of(trained, data, labels.parent))
+    finally:
+        note.write_text(sound)
+
+
+def test_an_output_that_no_folder_can_be_made_in_is_refused(
+    trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for output, message in (("file", "cannot be written"), ("s3://bucket/labels", "only be written to a local")):
+        with pytest.raises(InputError, match=message):
+            label(config_of(trained, data, Path(output)))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_bad_input_ends_the_program_with_one_line_and_code_2(
