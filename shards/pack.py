@@ -2,7 +2,7 @@
 
 Which image goes where is planned first, from names and sizes alone; then processes write shards independently. A pack
 that was stopped or killed goes on when the same command is given again, and ends in the same bytes. Given for a
-finished set, it writes those shards again that were lost or damaged.
+finished set, it writes those shards again of which a file is missing or has another size.
 """
 
 import errno
@@ -149,7 +149,7 @@ def _pack(config: PackConfig, source: Source, plan: Plan) -> tuple[Manifest, str
     output, workers = Path(config.output), config.workers or available_cores()
     job = Job(source, plan, output, {"max_side": config.max_side, "quality": config.quality, "decode": config.decode})
     manifest = _finished(config, plan)
-    lost = lost_shards(output, manifest, workers=workers) if manifest else []
+    lost = lost_shards(output, manifest) if manifest else []
     if manifest and not lost and not (output / WORK_FOLDER).exists():
         return manifest, DONE
     try:
@@ -165,7 +165,7 @@ def _pack(config: PackConfig, source: Source, plan: Plan) -> tuple[Manifest, str
             f"{output}: cannot be written ({error.strerror}): make room or choose another --output; the same command "
             "goes on where it stopped"
         ) from error
-    again = f"{len(lost)} of {manifest.num_shards} shards were missing or damaged and are written again"
+    again = f"{len(lost)} of {manifest.num_shards} shards were missing or cut and are written again"
     return manifest, again if lost else DONE
 
 

@@ -37,14 +37,15 @@ def again(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     return run
 
 
-def test_lost_and_damaged_shards_of_a_finished_set_are_written_again(again: Callable[..., str], tmp_path: Path) -> None:
+def test_lost_and_cut_shards_of_a_finished_set_are_written_again(again: Callable[..., str], tmp_path: Path) -> None:
     output = tmp_path / "out"
     whole = files(output)
     for suffix in ("tar", "index"):
         (output / f"shard-000000.{suffix}").unlink()
-        flip(output / f"shard-00000{1 if suffix == 'tar' else 2}.{suffix}")
+    os.truncate(output / "shard-000001.tar", 1000)
+    flip(output / "shard-000002.index")
     before = (output / "shard-000003.tar").stat().st_ino
-    assert again() == f"{output}: 3 of 5 shards were missing or damaged and are written again\n"
+    assert again() == f"{output}: 3 of 5 shards were missing or cut and are written again\n"
     assert files(output) == whole and (output / "shard-000003.tar").stat().st_ino == before
     assert again() == f"{output}: already packed, nothing to do\n"
     for path in output.glob("shard-*"):
@@ -52,21 +53,21 @@ def test_lost_and_damaged_shards_of_a_finished_set_are_written_again(again: Call
     assert "5 of 5 shards" in again() and files(output) == whole
 
 
-def test_images_that_changed_since_never_replace_a_damaged_shard(
+def test_images_that_changed_since_never_take_the_place_of_a_shard(
     again: Callable[..., str], image_folder: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     whole = files(output)
     for number in (0, 3):
-        flip(output / f"shard-00000{number}.tar")
-    damaged = files(output)
+        os.truncate(output / f"shard-00000{number}.tar", 1000)
+    cut = files(output)
     shard = ShardSet(output)
     named = next(image_folder.glob(f"{shard.keys(3)[2]}.jpg"))
     old = named.read_bytes()
     flip(named)  # the same size: nothing but the bytes tells
     with pytest.raises(InputError, match=r"1 of 5 shards.*shard-000003.tar.*changed since.*delete that folder"):
         again()
-    assert files(output) == damaged | {"shard-000000.tar": whole["shard-000000.tar"]}
+    assert files(output) == cut | {"shard-000000.tar": whole["shard-000000.tar"]}
     named.write_bytes(old)
     assert "1 of 5 shards" in again() and files(output) == whole
 
