@@ -167,7 +167,7 @@ def _parse(raw: Any) -> Manifest:
     if not isinstance(raw, dict):
         raise ValueError("the top level is no object")
     schema = raw.pop("schema")
-    if schema != SCHEMA:
+    if type(schema) is not int or schema != SCHEMA:
         raise ValueError(f"schema {schema!r}, this version of Saccade reads {SCHEMA}")
     entries, kind, name, classes = raw.pop("shards"), raw.pop("kind"), raw.pop("name"), raw.pop("classes")
     if kind not in ("images", "labels"):
@@ -190,9 +190,19 @@ def _parse(raw: Any) -> Manifest:
         extra=raw,
     )
     for key, total in (("num_samples", manifest.num_samples), ("num_bytes", manifest.num_bytes)):
-        if raw.pop(key) != total:
+        if type(raw[key]) is not int or raw.pop(key) != total:
             raise ValueError(f"{key} is not the sum over the shards")
+    if kind == "labels":
+        _check_size(raw.get("settings"))
     return manifest
+
+
+def _check_size(settings: Any) -> None:
+    """The `size` of maps, where labels name one."""
+    if isinstance(settings, dict) and "size" in settings:
+        size = settings["size"]
+        if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+            raise ValueError(f"settings.size {str(size)[:40]!r} is no [height, width]")
 
 
 def _shard_name(name: Any) -> str:

@@ -45,7 +45,7 @@ def read_quarantine(where: Path | str | Folder, manifest: Manifest) -> list[BadE
     path = f"{folder.where}/{FILE_NAME}"
     try:
         raw = json.loads(folder.read(FILE_NAME))
-        if raw["schema"] != SCHEMA or raw["digest"] != manifest.digest:
+        if type(raw["schema"]) is not int or raw["schema"] != SCHEMA or raw["digest"] != manifest.digest:
             raise ValueError("it belongs to another set or version")
         entries = [BadEntry(e["shard"], e["row"], str(e["key"]), str(e["reason"])) for e in raw["samples"]]
         for entry in entries:

@@ -39,8 +39,10 @@ def test_shard_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: objec
     [
         ({"schema": 2}, "schema 2, this version of Saccade reads 1"),
         ({"schema": "1"}, "schema '1'"),
+        ({"schema": True}, "schema True"),
         ({"kind": "weights"}, "neither"),
         ({"num_samples": 2}, "not the sum"),
+        ({"num_samples": True}, "not the sum"),
         ({"shard": {"num_samples": -1}}, "no count"),
         ({"shard": {"num_samples": True}}, "no count"),
         ({"shard": {"num_samples": 1.0}}, "no count"),
@@ -50,6 +52,10 @@ def test_shard_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: objec
         ({"shards": {}}, "wrong type"),
         ({"classes": [1]}, "texts"),
         ({"classes": "cat"}, "wrong type"),
+        ({"kind": "labels", "settings": {"size": None}}, "no .height, width."),
+        ({"kind": "labels", "settings": {"size": 5}}, "no .height, width."),
+        ({"kind": "labels", "settings": {"size": []}}, "no .height, width."),
+        ({"kind": "labels", "settings": {"size": [56, True]}}, "no .height, width."),
     ],
 )
 def test_wrong_manifests_are_one_clear_line(tmp_path: Path, changes: dict[str, Any], word: str) -> None:

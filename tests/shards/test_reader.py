@@ -225,6 +225,7 @@ def test_quarantined_samples_are_left_out_and_change_the_order_identity(packed: 
     [
         {"digest": "0" * 64},
         {"schema": 2},
+        {"schema": True},
         {"samples": [{"shard": 9, "row": 0, "key": "", "reason": ""}]},
         {"samples": [{"shard": 0, "row": 0.5, "key": "", "reason": ""}]},
         {"samples": 7},
