@@ -102,8 +102,8 @@ def build_index(
     )
 
 
-def write_index(path: Path, index: ShardIndex) -> str:
-    """Write the index atomically; the same content always gives the same bytes. Returns their SHA-256."""
+def index_bytes(index: ShardIndex) -> bytes:
+    """The index as it lies on disk; the same content always gives the same bytes."""
     arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in [*_DTYPES, "key_data"]}
     metadata = {
         "schema": SCHEMA,
@@ -114,7 +114,12 @@ def write_index(path: Path, index: ShardIndex) -> str:
         "keys_digest": index.keys_digest,
         "skipped": [list(entry) for entry in index.skipped],
     }
-    data = save_arrays(arrays, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    return save_arrays(arrays, metadata={METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+
+
+def write_index(path: Path, index: ShardIndex) -> str:
+    """Write the index atomically. Returns the SHA-256 of its bytes."""
+    data = index_bytes(index)
     atomic_write(path, data)
     return hashlib.sha256(data).hexdigest()
 

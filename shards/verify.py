@@ -1,16 +1,16 @@
 """Check shard sets against their manifests: `python shards/verify.py DIRECTORY`.
 
 Counts, hashes, decodability, and for label sets agreement with the images. Exit code 2 on any fault. `--repair`
-rebuilds indices that can be rebuilt and writes the samples that cannot be used into a list that readers respect; what
-that does not mend, such as a tar that other tools cannot read to its end, stays a fault.
+rebuilds indices that can be rebuilt, writes the samples that cannot be used into a list that readers respect, and takes
+those out of it that are sound again; what that does not mend, such as a tar that other tools cannot read to its end,
+stays a fault.
 """
 
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +25,15 @@ from engine.forking import end_opencv_threads
 from engine.program import run_program
 from engine.progress import ProgressBar
 from shards.folder import open_folder
+from shards.index import IndexFault
 from shards.location import is_remote, url_of
 from shards.manifest import FILE_NAME, Manifest, check_labels, read_manifest
+from shards.opening import read_shard_index
 from shards.packing import available_cores
+from shards.quarantine import FILE_NAME as QUARANTINE
 from shards.quarantine import BadEntry, bad_rows, read_quarantine, write_quarantine
-from shards.verifying import ShardReport, check_shard, rebuild_index
+from shards.rebuilding import CannotRebuild, rebuild_index
+from shards.verifying import ShardReport, check_shard
 
 MAX_LINES = 20
 
@@ -51,35 +55,47 @@ class VerifyConfig:
     decode: bool = True
     """Decode every image; without, only headers and checksums are checked."""
     repair: bool = False
-    """Rebuild lost indices and write unusable samples into quarantine.json beside the manifest."""
+    """Rebuild lost indices, write unusable samples into quarantine.json beside the manifest, and take those out of it
+    that are sound again (where `decode` is on). Both change the order of samples: runs on the set cannot be resumed."""
     workers: NonNegativeInt = 0
     """Processes; 0 takes one per available core."""
 
 
 @dataclass(slots=True)
 class SetReport:
-    """What was found in one set; `left_out`: shard -> rows that readers leave out, which are no fault."""
+    """What was found in one set; `quarantined` is its own list. Without `decoded` no sample is known to be sound."""
 
     root: Path | str
     manifest: Manifest
     shards: list[ShardReport]
-    faults: list[str]
-    left_out: dict[int, set[int]]
+    decoded: bool
+    faults: list[str] = field(default_factory=list)
+    quarantined: list[BadEntry] = field(default_factory=list)
 
     @property
     def bad(self) -> list[BadEntry]:
-        """Unusable samples that are not quarantined."""
-        return [BadEntry(s.shard, row, *s.bad[row]) for s in self.shards for row in sorted(s.bad)]
+        """Unusable samples that are in use."""
+        return [BadEntry(s.shard, row, *found) for s in self.shards for row, found in s.unusable.items()]
+
+    @property
+    def sound_again(self) -> list[BadEntry]:
+        """Quarantined samples with which nothing is wrong any more."""
+        return [entry for entry in self.quarantined if self.decoded and self.shards[entry.shard].is_sound(entry.row)]
 
     @property
     def num_faults(self) -> int:
         """Faults of the set, its shards and its samples."""
-        return len(self.faults) + sum(len(shard.faults) + len(shard.bad) for shard in self.shards)
+        return len(self.faults) + sum(len(shard.faults) + len(shard.unusable) for shard in self.shards)
 
-    def forgive(self) -> None:
-        """Take away what samples that are left out explain."""
+    def leave_out(self, images: Images) -> None:
+        """Read which rows readers leave out: by the set's quarantine; of labels also by that of their images."""
+        self.quarantined = entries = read_quarantine(self.root, self.manifest)
+        digest = _images_of(self.manifest)
+        if digest in images:
+            entries = entries + read_quarantine(*images[digest])
+        rows = bad_rows(entries)
         for shard in self.shards:
-            shard.forgive(self.left_out.get(shard.shard, set()))
+            shard.left_out = set(rows[shard.shard].tolist()) if shard.shard in rows else set()
 
 
 def main(config: VerifyConfig) -> None:
@@ -94,9 +110,18 @@ def main(config: VerifyConfig) -> None:
     with ProgressBar(total, "verifying") as bar:
         reports = [_verify(root, manifest, images, config, bar) for root, manifest in manifests.items()]
     _print(reports)
-    left = sum(_repair(report) if config.repair else report.num_faults for report in reports)
+    for report in sorted(reports, key=lambda report: report.manifest.kind):  # images first: labels go by them
+        if config.repair:
+            _repair(report, images, config)
+        elif again := len(report.sound_again):
+            sys.stdout.write(f"{report.root}: {again} samples left out are sound again: --repair lets them back in\n")
+    left = sum(report.num_faults for report in reports)
     if left:
-        hint = "pack those shards again" if config.repair else "--repair leaves unusable samples out, or pack again"
+        hint = (
+            "do what is said there, or pack those shards again"
+            if config.repair
+            else "--repair leaves unusable samples out, or pack again"
+        )
         raise InputError(f"{config.path}: {left} faults, listed above: {hint}")
 
 
@@ -129,8 +154,8 @@ def _verify(root: Path | str, manifest: Manifest, images: Images, config: Verify
         for report in pool.map(work, range(manifest.num_shards)):
             shards.append(report)
             bar.update(report.num_samples)
-    result = SetReport(root, manifest, shards, [], _left_out(root, manifest, images))
-    result.forgive()
+    result = SetReport(root, manifest, shards, config.decode)
+    result.leave_out(images)
     hashes = np.concatenate([np.zeros(0, dtype=np.uint64), *[report.key_hashes for report in shards]])
     repeated = len(hashes) - len(np.unique(hashes))
     if repeated:
@@ -141,15 +166,6 @@ def _verify(root: Path | str, manifest: Manifest, images: Images, config: Verify
         result.faults += _label_faults(root, manifest, images)
         result.faults += _teacher_faults(manifest, config.teacher)
     return result
-
-
-def _left_out(root: Path | str, manifest: Manifest, images: Images) -> dict[int, set[int]]:
-    """Rows of each shard that the quarantines name; of labels also those of their images, which need no label."""
-    entries = read_quarantine(root, manifest)
-    digest = _images_of(manifest)
-    if digest in images:
-        entries = entries + read_quarantine(*images[digest])
-    return {shard: set(rows.tolist()) for shard, rows in bad_rows(entries).items()}
 
 
 def _images_of(labels: Manifest) -> str:
@@ -182,20 +198,53 @@ def _teacher_faults(manifest: Manifest, run: str) -> list[str]:
     return [] if named == found else [f"written by teacher {str(named)[:12]}, but {weights} is {found[:12]}"]
 
 
-def _repair(report: SetReport) -> int:
-    """Repair what can be repaired. Returns the faults that are left."""
+def _repair(report: SetReport, images: Images, config: VerifyConfig) -> None:
+    """Mend what can be mended, and say what was done."""
     root = Path(report.root)
-    for number, shard in enumerate(report.shards):
-        if shard.lost and rebuild_index(root, report.manifest, number):
-            report.shards[number] = check_shard(open_folder(root), report.manifest, number, decode=True)
-    report.forgive()
-    if report.bad:
-        old = read_quarantine(root, report.manifest)
-        write_quarantine(root, report.manifest, old + report.bad)
-        sys.stdout.write(f"{report.root}: {len(report.bad)} samples added to quarantine.json\n")
-        for shard in report.shards:
-            shard.forgive(report.left_out.get(shard.shard, set()) | shard.bad.keys())
-    return report.num_faults
+    here = {number for number, name in enumerate(report.manifest.files) if (root / name).is_file()}
+    for number in here:
+        if report.shards[number].lost:
+            _rebuild(report, number, images, config)
+    report.leave_out(images)
+    # Of a shard that is here but has no index nobody knows what is sound: that stays a fault.
+    bad = [entry for entry in report.bad if entry.shard not in here or not report.shards[entry.shard].lost]
+    sound = set(report.sound_again)
+    if not bad and not sound:
+        return
+    if entries := [entry for entry in report.quarantined if entry not in sound] + bad:
+        write_quarantine(root, report.manifest, entries)
+    else:
+        (root / QUARANTINE).unlink()
+    if bad:
+        sys.stdout.write(f"{root}: {len(bad)} samples added to {QUARANTINE}\n")
+    if sound:
+        sys.stdout.write(f"{root}: {len(sound)} samples are sound again and were taken out of {QUARANTINE}\n")
+    report.leave_out(images)
+
+
+def _rebuild(report: SetReport, number: int, images: Images, config: VerifyConfig) -> None:
+    """Make the index of one shard anew, and check the shard with it."""
+    root, name = Path(report.root), report.manifest.files[number]
+    try:
+        manifest = rebuild_index(root, report.manifest, number, keys=_image_keys(report, number, images))
+    except CannotRebuild as error:
+        sys.stdout.write(f"{root}/{name}: left as it is: {error}\n")
+        return
+    less = "" if manifest is report.manifest else f" but for the names of images left out; {FILE_NAME} has its new hash"
+    sys.stdout.write(f"{root}/{name}: index rebuilt{less}\n")
+    report.manifest = manifest
+    report.shards[number] = check_shard(open_folder(root), manifest, number, decode=config.decode)
+
+
+def _image_keys(report: SetReport, number: int, images: Images) -> list[str] | None:
+    """Keys of the image shard that a label shard belongs to; None where that is not at hand, or unreadable."""
+    if report.manifest.kind != "labels" or _label_faults(report.root, report.manifest, images):
+        return None
+    where, _ = images[_images_of(report.manifest)]
+    try:
+        return read_shard_index(open_folder(where), read_manifest(where), number).keys()  # repair may have renewed it
+    except IndexFault:
+        return None
 
 
 def _print(reports: list[SetReport]) -> None:
@@ -208,7 +257,7 @@ def _print(reports: list[SetReport]) -> None:
             str(manifest.num_shards),
             str(manifest.num_samples),
             str(len(report.bad)),
-            str(sum(map(len, report.left_out.values()))),
+            str(sum(len(shard.left_out) for shard in report.shards)),
             str(sum(shard.num_without for shard in report.shards)),
             f"{manifest.num_bytes / 1e6:.1f}",
             f"{report.num_faults} faults" if report.num_faults else "good",
@@ -218,7 +267,7 @@ def _print(reports: list[SetReport]) -> None:
         for shard in report.shards:
             name = f"{report.root}/{report.manifest.files[shard.shard]}"
             lines += [f"{name}: {fault}" for fault in shard.faults]
-            lines += [f"{name}: row {row} {key[:80]!r}: {reason}" for row, (key, reason) in sorted(shard.bad.items())]
+            lines += [f"{name}: row {row} {key[:80]!r}: {reason}" for row, (key, reason) in shard.unusable.items()]
     width = None if sys.stdout.isatty() else max(160, 80 + max(len(str(report.root)) for report in reports))
     console = Console(file=sys.stdout, width=width)
     console.print(table)
@@ -233,14 +282,16 @@ def _print(reports: list[SetReport]) -> None:
 
 
 def command_line(arguments: list[str]) -> list[str]:
-    """Let the folder be given as a bare first argument, and `--repair` without a value."""
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--path", *arguments]
-    return [
-        "--repair=true" if word == "--repair" and (after is None or after.startswith("-")) else word
-        for word, after in zip_longest(arguments, arguments[1:], fillvalue=None)
-        if word is not None
+    """Let the folder be given as a bare word, before or after options, and `--repair` without a value."""
+    words = [
+        "--repair=true" if word == "--repair" and after.lower() not in ("true", "false") else word
+        for word, after in zip(arguments, [*arguments[1:], ""], strict=False)
     ]
+    for place, (before, word) in enumerate(zip(["", *words], words, strict=False)):
+        is_value = before.startswith("--") and "=" not in before and before != "--check"
+        if not (is_value or word.startswith("-")):
+            return [*words[:place], "--path", *words[place:]]
+    return words
 
 
 if __name__ == "__main__":

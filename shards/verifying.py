@@ -6,20 +6,19 @@ import os
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from shards.decode import decode_rgb, image_size
 from shards.folder import Folder
-from shards.index import IndexFault, ShardIndex, write_index
+from shards.index import IndexFault, ShardIndex
 from shards.manifest import Manifest, holds_objects
 from shards.map_png import decode_map_png
 from shards.objects import check_objects
 from shards.opening import read_shard_index
 from shards.tar import Member, TarError, scan
-from shards.writer import LABEL, index_of_tar, index_path
+from shards.writer import LABEL
 
 _CHUNK = 1 << 20
 
@@ -31,7 +30,8 @@ class ShardReport:
     `bad`: stored row -> key and reason. `changed`: its bytes as a whole are not those of the manifest: unreadable
     (`lost`), of another size or SHA-256. `broken`: where the tar breaks off, with `behind`, the rows that lie there in
     whole or in part. `strays`: what the tar holds beside the index's members. `damaged`: rows whose own bytes explain
-    `changed`. `num_without`: rows without a label. `key_hashes`: `(samples,)` uint64.
+    `changed`. `num_without`: rows without a label. `left_out`: rows that readers leave out, which are no fault.
+    `key_hashes`: `(samples,)` uint64.
     """
 
     shard: int
@@ -44,23 +44,27 @@ class ShardReport:
     behind: set[int] = field(default_factory=set)
     lost: bool = False
     num_without: int = 0
+    left_out: set[int] = field(default_factory=set)
     key_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
 
     @property
-    def faults(self) -> list[str]:
-        """What is wrong with the shard as a whole."""
-        return self.changed + self.broken + self.strays
+    def unusable(self) -> dict[int, tuple[str, str]]:
+        """What is wrong with samples that are in use: row -> key and reason, in order."""
+        return {row: self.bad[row] for row in sorted(self.bad.keys() - self.left_out)}
 
-    def forgive(self, left_out: set[int]) -> None:
-        """Samples that readers leave out are no fault, nor what they alone explain: a tar that breaks off at them, and
-        changed bytes where everything else is sound. A tar that breaks off before others is one: other tools lose
-        those in silence."""
-        self.bad = {row: found for row, found in self.bad.items() if row not in left_out}
-        if self.behind and self.behind <= left_out:
-            self.broken = []
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong with the shard as a whole, less what samples that are left out explain: a tar that breaks off at
+        them, and changed bytes where everything else is sound. One that breaks off before others is a fault: other
+        tools lose those in silence."""
+        broken = [] if self.behind and self.behind <= self.left_out else self.broken
         damaged = self.damaged | self.behind
-        if damaged and damaged <= left_out and not self.broken and not self.strays:
-            self.changed = []
+        explained = damaged and damaged <= self.left_out and not broken and not self.strays
+        return ([] if explained else self.changed) + broken + self.strays
+
+    def is_sound(self, row: int) -> bool:
+        """Whether nothing at all is wrong with a sample."""
+        return not self.lost and row not in self.bad and row not in self.behind
 
 
 def check_shard(folder: Folder, manifest: Manifest, shard: int, *, decode: bool) -> ShardReport:
@@ -73,7 +77,7 @@ def check_shard(folder: Folder, manifest: Manifest, shard: int, *, decode: bool)
     name = manifest.files[shard]
     try:
         index = read_shard_index(folder, manifest, shard)
-        _compare_index(index, manifest, shard)
+        compare_index(index, manifest, shard)
         size, sha256 = int(manifest.num_bytes_of[shard]), manifest.hash_of(shard, "sha256")
         file = folder.whole(name, num_bytes=size, sha256=sha256)
     except (IndexFault, OSError) as error:
@@ -101,22 +105,12 @@ def check_shard(folder: Folder, manifest: Manifest, shard: int, *, decode: bool)
     return report
 
 
-def rebuild_index(root: Path, manifest: Manifest, shard: int) -> bool:
-    """Write a lost or damaged index anew from its tar. Returns whether the very index of the manifest came out."""
-    path = root / manifest.files[shard]
-    try:
-        with open(path, "rb") as file:
-            names = [member.name for member in scan(file)]
-        keys = list(dict.fromkeys(_split(name)[0] for name in names))
-        index = index_of_tar(path, keys=keys, kind=manifest.kind)
-    except (TarError, ValueError, OSError):
-        return False
-    if index.sha256 != manifest.hash_of(shard, "sha256"):
-        return False
-    return write_index(index_path(path), index) == manifest.hash_of(shard, "index_sha256")
+def compare_index(index: ShardIndex, manifest: Manifest, shard: int) -> None:
+    """Compare what an index and the manifest both say of a shard.
 
-
-def _compare_index(index: ShardIndex, manifest: Manifest, shard: int) -> None:
+    Raises:
+        IndexFault: they disagree.
+    """
     expected = {
         "number of samples": (len(index), int(manifest.num_samples_of[shard])),
         "bytes": (index.num_bytes, int(manifest.num_bytes_of[shard])),
@@ -159,7 +153,7 @@ def _check_structure(file: BinaryIO, index: ShardIndex, report: ShardReport) -> 
                 report.behind.add(row)
                 continue
             member_there = members.pop(int(offset[row]), None)
-            if member_there is None or member_there.size != size[row] or _split(member_there.name)[0] != key:
+            if member_there is None or member_there.size != size[row] or split_name(member_there.name)[0] != key:
                 report.bad.setdefault(row, (key, "the tar holds another member in its place"))
     _check_classes(file, index, members.values(), report)
 
@@ -168,7 +162,7 @@ def _check_classes(file: BinaryIO, index: ShardIndex, members: Iterable[Member],
     """The members that are no payload and no JSON: only classes, and those of the index."""
     labels: dict[str, int] = {}
     for member in members:
-        key, extension = _split(member.name)
+        key, extension = split_name(member.name)
         text = os.pread(file.fileno(), min(member.size, 32), member.offset)
         if extension == LABEL and text.isdigit():
             labels[key] = int(text)
@@ -180,7 +174,7 @@ def _check_classes(file: BinaryIO, index: ShardIndex, members: Iterable[Member],
     report.strays += [f"tar: class of {key[:80]!r}, which has no image" for key in labels]
 
 
-def _split(name: str) -> tuple[str, str]:
+def split_name(name: str) -> tuple[str, str]:
     """Key and extension of a member, as webdataset splits them: at the first dot of the last part."""
     folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")

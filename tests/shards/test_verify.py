@@ -73,6 +73,11 @@ def test_the_program_takes_a_bare_folder_and_exits_with_2_on_a_fault(packed: Sha
         ("DIR --repair", "--path DIR --repair=true"),
         ("--repair --path DIR", "--repair=true --path DIR"),
         ("--path DIR --repair false", "--path DIR --repair false"),
+        ("--repair DIR", "--repair=true --path DIR"),
+        ("--repair false DIR", "--repair false --path DIR"),
+        ("--images I --repair DIR --workers 2", "--images I --repair=true --path DIR --workers 2"),
+        ("--check --images=I DIR", "--check --images=I --path DIR"),
+        ("DIR OTHER", "--path DIR OTHER"),
         ("", ""),
     ],
 )
