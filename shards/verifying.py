@@ -54,8 +54,8 @@ class ShardReport:
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong with the shard as a whole, less what samples that are left out explain: a tar that breaks off at
-        them, and changed bytes where everything else is sound. One that breaks off before others is a fault: other
+        """What is wrong with the shard as a whole, less what samples that are left out explain: a tar that breaks off
+        at them, and changed bytes where everything else is sound. One that breaks off before others is a fault: other
         tools lose those in silence."""
         broken = [] if self.behind and self.behind <= self.left_out else self.broken
         damaged = self.damaged | self.behind
