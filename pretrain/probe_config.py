@@ -13,6 +13,7 @@ from jsonargparse.typing import (
 )
 
 from engine.program import REPOSITORY
+from shards.fetch import RemoteOptions
 
 DEFAULT_CONFIG = REPOSITORY / "configs" / "probe" / "demo.yaml"
 
@@ -172,6 +173,8 @@ class ProbeConfig:
     """Shards with human gaze to measure alignment on."""
     labels: Path | None = None
     """Label shards for the read-out of an encoder without an attention head; null takes those of the run's config."""
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
+    """How shards, labels and gaze on s3://, gs:// and https:// are read; changes nothing in a result."""
     max_train: NonNegativeInt = 0
     """Use this many training images, evenly spaced; 0 uses all."""
     max_val: NonNegativeInt = 0

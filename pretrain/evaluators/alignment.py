@@ -63,7 +63,7 @@ def gaze_set(probe: ProbeConfig) -> tuple[ShardImages, list[GazeTarget]]:
     Raises:
         InputError: shards without gaze.
     """
-    shards = ShardSet(probe.gaze)
+    shards = ShardSet(probe.gaze, remote=probe.remote)
     targets = load_targets(shards)
     images = ShardImages(shards, limit=probe.max_gaze)
     places = {images.place(number) for number in range(len(images))}

@@ -131,7 +131,8 @@ def readout_config(subject: Subject, probe: ProbeConfig) -> Config:
     if labels is None:
         raise InputError(f"{subject.name} has no attention head: give label shards to train a read-out with --labels")
     arm: Arm = "contrastive+attention" if run.contrastive else "supervised+attention"
-    return dataclasses.replace(run, arm=arm, data=dataclasses.replace(run.data, labels=labels, teacher=None))
+    data = dataclasses.replace(run.data, labels=labels, teacher=None, remote=probe.remote)
+    return dataclasses.replace(run, arm=arm, data=data)
 
 
 def train_readout(readout: Readout, subject: Subject, probe: ProbeConfig, *, steps: int) -> None:

@@ -31,7 +31,7 @@ from pretrain.probe_config import ProbeConfig
 from shards.reader import ShardSet
 
 # What changes nothing in a result, or where it is written.
-FREE = ("run", "output", "evaluators", "batch_size", "num_workers", "cache", "keep_cache")
+FREE = ("run", "output", "evaluators", "remote", "batch_size", "num_workers", "cache", "keep_cache")
 # Of the evaluators whose numbers add up over corruptions, the sections of options that they do not read.
 UNREAD = {
     "imagenet_c": ("knn", "gaze_options", "retrieval", "finetune"),
@@ -154,7 +154,7 @@ def options_key(evaluator: Evaluator, subject: Subject, config: ProbeConfig) -> 
     if evaluator.name in OWN:
         folder = options.pop("corruptions")["folder"]
         options |= {"folder": folder} if evaluator.name in UNREAD else {}
-    sets = {need: ShardSet(getattr(config, need)).digest for need in evaluator.needs}
+    sets = {need: ShardSet(getattr(config, need), remote=config.remote).digest for need in evaluator.needs}
     lists = [sha256_of(path) for path in config.finetune.lists if path.is_file()]
     return {"encoder": subject.hash, "options": key_digest([options, sets, lists])}
 

@@ -181,6 +181,7 @@ def online_probe(config: Config) -> ProbeConfig:
         evaluators=online.evaluators,
         train=online.train or config.data.shards,
         labels=config.data.labels,
+        remote=config.data.remote,
         max_train=online.max_train,
         max_val=online.max_val,
         max_gaze=online.max_gaze,
@@ -209,4 +210,4 @@ def _set(section: Any, path: list[str], value: Any, *, key: str) -> Any:
 
 
 def _steps_per_epoch(config: Config) -> float:
-    return ShardSet(config.data.shards).num_samples / config.data.batch_size
+    return ShardSet(config.data.shards, remote=config.data.remote).num_samples / config.data.batch_size

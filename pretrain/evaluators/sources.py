@@ -255,12 +255,12 @@ def _read_file(path: Path) -> np.ndarray:
 
 def train_images(probe: ProbeConfig) -> ShardImages:
     """The images that probes are trained on."""
-    return ShardImages(ShardSet(probe.train), limit=probe.max_train)
+    return ShardImages(ShardSet(probe.train, remote=probe.remote), limit=probe.max_train)
 
 
 def val_images(probe: ProbeConfig) -> ShardImages:
     """The images that probes are measured on."""
-    return ShardImages(ShardSet(probe.val), limit=probe.max_val)
+    return ShardImages(ShardSet(probe.val, remote=probe.remote), limit=probe.max_val)
 
 
 def labelled_pair(probe: ProbeConfig) -> tuple[ShardImages, ShardImages]:
@@ -308,7 +308,7 @@ def check_needs(evaluator: Evaluator, probe: ProbeConfig) -> list[str]:
     if {"train", "val"} <= set(evaluator.needs):
         labelled_pair(probe)
     for need in evaluator.needs:
-        shards = ShardSet(getattr(probe, need))
+        shards = ShardSet(getattr(probe, need), remote=probe.remote)
         if need == "gaze":
             check_gaze(shards)
         lines.append(f"shards: {shards.root}, {shards.num_samples} samples")
