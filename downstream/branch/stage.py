@@ -22,7 +22,6 @@ from engine.loop import Training, fit, start_training
 from engine.program import config_to_dict
 from engine.ranks import Ranks
 from engine.runs import RunFolder
-from engine.state import unwrap
 
 WEIGHTS = "weights.safetensors"
 MINING, MAPS = "mining", "maps"
@@ -79,7 +78,7 @@ def train_stage(data: FineGrained, config: DownstreamConfig, stage: Stage, *, ra
     )
     with training:
         _learn(training, network, data, config, stage)
-        _finish(training, network, data, config, stage)
+        _finish(training, data, config, stage)
     return run
 
 
@@ -122,25 +121,25 @@ def _learn(
     fit(training, batches, objective, start_step=start)
 
 
-def _finish(
-    training: Training, network: AttentionBranchNetwork, data: FineGrained, config: DownstreamConfig, stage: Stage
-) -> None:
+def _finish(training: Training, data: FineGrained, config: DownstreamConfig, stage: Stage) -> None:
     """Keep the last weights, test them, and write the summary; the first step plays no games."""
-    run, ranks = training.run, training.ranks
+    run, ranks, device = training.run, training.ranks, training.accelerator.device
     weights = training.weights()
-    plain = unwrap(training.module)
-    assert isinstance(plain, AttentionBranchNetwork)
+    if ranks.is_main:
+        atomic_write(run.path / WEIGHTS, save({name: value.contiguous() for name, value in weights.items()}))
+    ranks.barrier()
+    # a network of what was kept: while training, ranks differ in batch norm's statistics, and ZeRO 3 cuts weights up
+    kept = build_network(data, config, replace(stage, start=stage_weights(run)))
     found = evaluate(
-        plain,
-        data.test.on(training.accelerator.device),
+        kept.to(device, memory_format=torch.channels_last),  # type: ignore[call-overload]
+        data.test.on(device),
         config.branch,
         curves=[] if stage.arm == FIRST_STEP else config.branch.curves,
         ranks=ranks,
         autocast=training.accelerator.autocast,
         label=f"testing {run.name}",
     )
-    if training.ranks.is_main:
-        atomic_write(run.path / WEIGHTS, save({name: value.contiguous() for name, value in weights.items()}))
+    if ranks.is_main:
         write_evaluation(run.path, found)
         metrics = summarise(found)
         assert training.tracker is not None

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tarfile
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 
 from downstream.branch.config import BranchConfig
 from downstream.branch.data import open_data
-from downstream.branch.evaluate import read_evaluation
+from downstream.branch.evaluate import evaluate, read_evaluation
 from downstream.branch.pipeline import check_branch, run_branch
-from downstream.branch.stage import stage_weights
+from downstream.branch.stage import Stage, build_network, stage_weights
 from downstream.branch.table import tabulate
 from downstream.config import DataConfig, DownstreamConfig
 from downstream.main import main
@@ -24,6 +25,7 @@ from downstream.stage import stage_folder
 from engine.errors import InputError, Requeue
 from engine.package_weights import PYPI, PYPI_BACKBONE, PYPI_MODULE
 from engine.progress import silent
+from engine.ranks import Ranks
 from engine.settings import LoopConfig, OptimConfig
 from shards.labels import encode_label, seal_labels, write_label_shard
 from shards.manifest import OBJECT_ENCODING
@@ -32,6 +34,8 @@ from shards.pack import pack
 from shards.reader import ShardSet
 from shards.sources.image_folder import ImageFolder
 from tests.conftest import TEACHER, TinySample
+from tests.downstream.launched import finetune
+from tests.tools import run_distributed
 
 
 @pytest.fixture
@@ -101,6 +105,29 @@ def test_stopped_anywhere_it_ends_in_the_same_bits_and_what_is_done_stays(config
     assert done.read_bytes() == written
     ours, theirs = (stage_weights(stage_folder(c, arm="mining+maps", seed=0)) for c in (whole, parts))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_under_zero_it_learns_as_under_ddp_and_tests_the_weights_it_keeps(config: DownstreamConfig) -> None:
+    """Losses and weights of two ranks; what both of them tested is the network of the kept weights."""
+    # no Adam: it makes whole steps of the rounding in gradients that are 0
+    config = replace(config, arm="mining+maps", epochs=1, optim=replace(config.optim, name="sgd"))
+    run_distributed(finetune, 2, config, [0, 2])
+    ddp, zero = (stage_folder(replace(config, run=f"zero{stage}"), arm="mining+maps", seed=0) for stage in (0, 2))
+    ours, theirs = ([line["train/loss"] for line in run.metrics() if "train/loss" in line] for run in (ddp, zero))
+    assert len(ours) == 2 and ours == pytest.approx(theirs, rel=1e-4)
+    weights, others = stage_weights(ddp), stage_weights(zero)
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    data = open_data(config.data, config.branch, report=silent)
+    for run in (ddp, zero):
+        network = build_network(data, config, Stage("mining+maps", 0, 1, stage_weights(run)))
+        alone = evaluate(
+            network, data.test, config.branch, curves=[], ranks=Ranks(), autocast=nullcontext, label="alone"
+        )
+        found = read_evaluation(run.path)
+        assert torch.allclose(found["score"], alone["score"], atol=1e-5)
+        assert torch.allclose(found["map"].float(), alone["map"].float(), atol=1e-3)
 
 
 def test_another_table_shares_the_first_steps(config: DownstreamConfig, tiny_sample: TinySample) -> None:
