@@ -29,7 +29,7 @@ from downstream.tasks.features import open_encoder
 from engine.environment import environment
 from engine.errors import InputError
 from engine.files import atomic_write
-from engine.launch import build_accelerator
+from engine.launch import build_accelerator, uses_deepspeed
 from engine.loop import Training, fit, start_training
 from engine.program import config_to_dict
 from engine.ranks import Ranks
@@ -52,11 +52,18 @@ def run_captioning(config: DownstreamConfig) -> dict[tuple[str, int], dict[str, 
 
     Returns:
         Metrics by (arm, seed).
+
+    Raises:
+        InputError: DeepSpeed ZeRO 3; see also `arms_of`, `CaptionTask` and `train_captioner`.
     """
     check_run_name(config.run)
     check_installed()
     arms = arms_of(config)
-    build_accelerator(precision=config.precision, seed=config.seed)
+    accelerator = build_accelerator(precision=config.precision, seed=config.seed)
+    if uses_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise InputError(
+            "captioning needs whole weights on every rank, and ZeRO 3 cuts them up: set zero_stage to 1 or 2"
+        )
     ranks = Ranks()
     task = CaptionTask(config)
     results: dict[tuple[str, int], dict[str, float]] = {}

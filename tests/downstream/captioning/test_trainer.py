@@ -20,11 +20,11 @@ from downstream.config import DataConfig, DownstreamConfig, ImageConfig
 from downstream.main import check, main
 from downstream.stage import best_weights, stage_folder
 from engine.errors import InputError, Requeue
-from engine.program import config_to_dict, parse_config
-from engine.runs import flatten
+from engine.program import parse_config
 from engine.settings import LoopConfig, OptimConfig
 from tests.downstream.captioning.files import CLASSES, SIDE, detections, write_coco, write_flickr8k
-from tests.tools import REPOSITORY, accelerate
+from tests.downstream.launched import finetune, leave_java_out
+from tests.tools import REPOSITORY, run_distributed
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def without_java(monkeypatch: pytest.MonkeyPatch) -> None:
-    """METEOR takes seconds to start; test_metrics.py has it."""
-    monkeypatch.setattr("downstream.captioning.metrics.java_works", lambda: False)
-    monkeypatch.setattr("downstream.captioning.scoring.java_works", lambda: False)
+    leave_java_out(monkeypatch)
 
 
 @pytest.fixture
@@ -143,18 +141,23 @@ def test_stopped_anywhere_it_ends_in_the_same_bits(config: DownstreamConfig, arm
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_two_ranks_learn_what_one_learns(config: DownstreamConfig) -> None:
+def test_two_ranks_learn_what_one_learns_under_ddp_and_zero(config: DownstreamConfig) -> None:
+    """Losses, captions, and ZeRO's weights against DDP's; ZeRO 3 is refused."""
     config = replace(config, arm="ica", epochs=2)
     run_captioning(config)
-    arguments = [f"--{key}={value}" for key, value in flatten(config_to_dict(replace(config, run="two"))).items()]
-    kept = [a for a in arguments if not a.endswith(("=None", "=[]")) and not a.startswith(("--arms=", "--supervision"))]
-    done = accelerate("cpu2_ddp", "downstream/main.py", *kept)
-    assert done.returncode == 0, done.stderr[-2000:]
-    runs = [stage_folder(replace(config, run=name), arm="ica", seed=0) for name in ("t", "two")]
-    ours, theirs = ([line for line in run.metrics() if "train/words" in line] for run in runs)
-    assert [line["train/words"] for line in ours] == pytest.approx([line["train/words"] for line in theirs], rel=1e-3)
-    one, two = ({e["image"] for e in json.loads((run.path / "captions.json").read_text())} for run in runs)
-    assert one == two and len(two) == 4, "each image on one rank"
+    with pytest.raises(AssertionError, match=r"InputError: captioning needs whole weights on every rank, and ZeRO 3"):
+        run_distributed(finetune, 2, config, [0, 2, 3])
+    runs = [stage_folder(replace(config, run=name), arm="ica", seed=0) for name in ("t", "zero0", "zero2")]
+    one, ddp, zero = ([line["train/words"] for line in run.metrics() if "train/words" in line] for run in runs)
+    assert len(one) == 6 and one == pytest.approx(ddp, rel=1e-3) and ddp == pytest.approx(zero, rel=1e-5)
+    weights, others = best_weights(runs[1]), best_weights(runs[2])
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    written = [json.loads((run.path / "captions.json").read_text()) for run in runs]
+    names = [[each["image"] for each in captions] for captions in written]
+    assert names[0] == names[1] and len(set(names[0])) == len(names[0]) == 4, "each image on one rank"
+    assert written[1] == written[2]
 
 
 def test_an_encoder_can_learn_along(config: DownstreamConfig) -> None:
