@@ -157,7 +157,7 @@ def _metadata(data: bytes) -> dict[str, Any]:
     if len(data) < 8 or length > len(data) - 8:
         raise ValueError("cut short")
     metadata: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][METADATA_KEY])
-    if metadata["schema"] != SCHEMA:
+    if type(metadata["schema"]) is not int or metadata["schema"] != SCHEMA:
         raise ValueError(f"schema {metadata['schema']!r}, this version reads {SCHEMA}")
     return metadata
 

@@ -118,9 +118,9 @@ def main(config: VerifyConfig) -> None:
     left = sum(report.num_faults for report in reports)
     if left:
         hint = (
-            "do what is said there, or pack those shards again"
+            "do what is said there, or delete the tars of those shards and pack again, which writes them anew"
             if config.repair
-            else "--repair leaves unusable samples out, or pack again"
+            else "--repair leaves unusable samples out; or delete the tars of those shards and pack again"
         )
         raise InputError(f"{config.path}: {left} faults, listed above: {hint}")
 
