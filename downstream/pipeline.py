@@ -18,7 +18,7 @@ from downstream.surrogates import PART, SurrogateStore, num_parts
 from downstream.table import write_table
 from downstream.tasks.registry import open_task
 from engine.errors import InputError
-from engine.launch import build_accelerator
+from engine.launch import build_accelerator, refuse_zero3
 from engine.progress import ProgressBar
 from engine.ranks import Ranks
 from engine.runs import RunFolder, check_run_name
@@ -82,6 +82,7 @@ def check_pipeline(config: DownstreamConfig) -> list[str]:
             raise InputError(f"data.path {config.data.path} is no folder: give that of VQA's JSON files and images")
         return [arms, f"data: {config.data.path}, read when it runs, as an encoder's features may take hours"]
     accelerator = build_accelerator(precision=config.precision, seed=config.seed)
+    refuse_zero3(accelerator, what=f"task {config.task}")
     task = open_task(config)
     sizes = {"train": len(task.train), "held out": len(task.held_out), "test": len(task.test)}
     return [
@@ -109,9 +110,10 @@ class Pipeline:
         """Join the launcher and read the data; onto the GPU where they fit.
 
         Raises:
-            InputError: missing or damaged data, or a modality that the task does not have.
+            InputError: missing or damaged data, a modality that the task does not have, or DeepSpeed ZeRO 3.
         """
         accelerator = build_accelerator(precision=config.precision, seed=config.seed)
+        refuse_zero3(accelerator, what=f"task {config.task}")
         ranks = Ranks()
         task = open_task(config)
         place(task, accelerator.device, loop=config.loop)

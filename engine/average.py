@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from engine.errors import InputError
-from engine.launch import uses_deepspeed
+from engine.launch import refuse_zero3
 
 
 def check_average(decay: float, *, accelerator: Accelerator) -> None:
@@ -20,10 +20,8 @@ def check_average(decay: float, *, accelerator: Accelerator) -> None:
     """
     if decay == 1:
         raise InputError("ema 1.0 would keep the first random weights for ever: take e.g. 0.999, or 0 for no average")
-    if decay > 0 and uses_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise InputError(
-            "ema needs whole weights on every rank, and ZeRO 3 cuts them up: set it to 0, or zero_stage to 1 or 2"
-        )
+    if decay > 0:
+        refuse_zero3(accelerator, what="ema", instead="set it to 0, or zero_stage to 1 or 2")
 
 
 class Average(nn.Module):

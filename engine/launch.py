@@ -91,6 +91,16 @@ def configure_deepspeed(
     return scale
 
 
+def refuse_zero3(accelerator: Accelerator, *, what: str, instead: str = "set zero_stage to 1 or 2") -> None:
+    """Refuse DeepSpeed ZeRO 3 for what needs whole weights on every rank.
+
+    Raises:
+        InputError: it is ZeRO 3.
+    """
+    if uses_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise InputError(f"{what} needs whole weights on every rank, and ZeRO 3 cuts them up: {instead}")
+
+
 def local_batch_size(global_batch: int, *, world_size: int) -> int:
     """Samples per rank and step.
 

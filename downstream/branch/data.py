@@ -47,12 +47,12 @@ def open_data(data: DataConfig, config: BranchConfig, *, report: Callable[[str],
         InputError: unlabelled images, one class only, sets of other classes, a class without test or training images,
             label maps of other images, or too many images or maps that cannot be read.
     """
-    shards = ShardSet(data.path)
-    labelled = None if config.labels is None else open_labelled(data.path, config.labels)
+    shards = ShardSet(data.path, remote=data.remote)
+    labelled = None if config.labels is None else open_labelled(data.path, config.labels, remote=data.remote)
     if len(shards.classes) < 2:
         what = "one class only" if shards.classes else "no class labels"
         raise InputError(f"{data.path}: {what}, so there is nothing to tell apart: pack a folder per class")
-    test_shards = None if data.val is None else ShardSet(data.val)
+    test_shards = None if data.val is None else ShardSet(data.val, remote=data.remote)
     if test_shards is not None and test_shards.classes != shards.classes:
         raise InputError(f"{data.path} and {data.val} have other classes: pack both splits of one data set")
     every, bad = read_pictures(shards, config, labelled=labelled, report=report)

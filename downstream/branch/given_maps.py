@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attention.maps import encode_map_np
 from engine.errors import InputError
+from shards.fetch import RemoteOptions
 from shards.folder import open_folder
 from shards.manifest import holds_objects, read_manifest
 from shards.map_png import summed
@@ -20,14 +21,14 @@ from shards.reader import ShardSet
 OBJECT_GRID = (56, 56)
 
 
-def open_labelled(images: Path, labels: Path) -> ShardSet:
+def open_labelled(images: Path, labels: Path, *, remote: RemoteOptions | None = None) -> ShardSet:
     """An image set with its label maps, or with objects that maps are made of.
 
     Raises:
         InputError: no label set, or one of other images.
     """
-    objects = holds_objects(read_manifest(open_folder(labels), kind="labels"))
-    return ShardSet(images, labels=labels, objects=objects)
+    objects = holds_objects(read_manifest(open_folder(labels, remote=remote), kind="labels"))
+    return ShardSet(images, labels=labels, objects=objects, remote=remote)
 
 
 def read_maps(labelled: ShardSet | None, wanted: list[tuple[int, str]]) -> tuple[Tensor | None, Tensor]:

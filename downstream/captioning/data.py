@@ -100,7 +100,7 @@ class CaptionTask:
         caption = self.caption
         if caption.objects is None:
             return ObjectGrids(), None, {}
-        source = open_objects(caption)
+        source = open_objects(caption, remote=self.config.data.remote)
         known_images(source, every)  # a name that two images share is refused also where a limit leaves one of them out
         matcher = NameMatcher(source.categories, read_synonyms(caption.synonyms))
         wanted = {

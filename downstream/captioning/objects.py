@@ -16,6 +16,7 @@ from engine.errors import InputError
 from engine.files import sha256_of
 from shards.coco import from_coco_results
 from shards.decode import image_size
+from shards.fetch import RemoteOptions
 from shards.keys import make_key
 from shards.objects import ObjectMask, read_objects
 from shards.opening import BadSample
@@ -67,8 +68,11 @@ class ObjectGrids:
     first_fault: str = ""
 
 
-def open_objects(caption: CaptionConfig) -> ObjectSource:
+def open_objects(caption: CaptionConfig, *, remote: RemoteOptions | None = None) -> ObjectSource:
     """The masks in the label set or COCO JSON file that `caption.objects` names.
+
+    Args:
+        remote: how a label set and its images on a server are read.
 
     Raises:
         InputError: nothing there, another layout, or a label set without its images.
@@ -82,7 +86,7 @@ def open_objects(caption: CaptionConfig) -> ObjectSource:
             f"caption.objects {path}: give a COCO JSON file, or a label set together with caption.object_images, the "
             "image shards that it was made for"
         )
-    return LabelledObjects(path, caption.object_images)
+    return LabelledObjects(path, caption.object_images, remote=remote)
 
 
 def find_grids(
@@ -158,8 +162,8 @@ def _merged(objects: Iterable[ObjectMask], wanted: set[str], *, min_score: float
 class LabelledObjects:
     """Objects in a label set, joined with the image shards that it was made for."""
 
-    def __init__(self, path: Path, images: Path) -> None:
-        self.shards = ShardSet(images, labels=path, objects=True)
+    def __init__(self, path: Path, images: Path, *, remote: RemoteOptions | None = None) -> None:
+        self.shards = ShardSet(images, labels=path, objects=True, remote=remote)
         assert self.shards.label_manifest is not None
         self.digest = hashlib.sha256(self.shards.label_manifest.hashes["sha256"].tobytes()).hexdigest()
         self.places: dict[str, tuple[int, int]] = {}

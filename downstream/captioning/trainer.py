@@ -29,7 +29,7 @@ from downstream.tasks.features import open_encoder
 from engine.environment import environment
 from engine.errors import InputError
 from engine.files import atomic_write
-from engine.launch import build_accelerator, uses_deepspeed
+from engine.launch import build_accelerator, refuse_zero3
 from engine.loop import Training, fit, start_training
 from engine.program import config_to_dict
 from engine.ranks import Ranks
@@ -60,10 +60,7 @@ def run_captioning(config: DownstreamConfig) -> dict[tuple[str, int], dict[str, 
     check_installed()
     arms = arms_of(config)
     accelerator = build_accelerator(precision=config.precision, seed=config.seed)
-    if uses_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise InputError(
-            "captioning needs whole weights on every rank, and ZeRO 3 cuts them up: set zero_stage to 1 or 2"
-        )
+    refuse_zero3(accelerator, what="captioning")
     ranks = Ranks()
     task = CaptionTask(config)
     results: dict[tuple[str, int], dict[str, float]] = {}
@@ -91,7 +88,7 @@ def check_captioning(config: DownstreamConfig) -> list[str]:
     channels, grid = map_of(subject, size=config.image.size)
     lines.append(f"encoder: {subject.name}, {channels} channels on {grid[0]}x{grid[1]} places")
     if config.caption.objects is not None:
-        source = open_objects(config.caption)
+        source = open_objects(config.caption, remote=config.data.remote)
         known = known_images(source, [image for images in found.parts.values() for image in images])
         lines.append(f"objects: {len(source.categories)} classes, for {len(known)} of the images with captions")
     return lines

@@ -129,6 +129,13 @@ def test_two_ranks_agree_with_one(config: DownstreamConfig, tmp_path: Path) -> N
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-3) for name in weights[0])
 
 
+def test_zero_3_is_refused_in_one_line(config: DownstreamConfig) -> None:
+    options = ["--config", "configs/downstream/trec6.yaml", "--data.path", config.data.path, "--check"]
+    done = accelerate("cpu2_zero3", "downstream/main.py", *options)
+    assert done.returncode != 0
+    assert "error: task trec6 needs whole weights on every rank, and ZeRO 3 cuts them up: set zero_stage" in done.stderr
+
+
 def test_the_table_pairs_seeds(config: DownstreamConfig) -> None:
     scores = {"baseline": [80.0, 82.0, 81.0], "mmd": [81.0, 83.5, 82.0], "mse": [80.0, 82.0]}
     results = {(arm, s): {"test/accuracy": v} for arm, values in scores.items() for s, v in enumerate(values)}

@@ -221,7 +221,7 @@ def test_repair_does_not_pass_over_a_header_when_it_finds_bad_samples(
     flip(tar, int(read_index(index_path(tar)).offset[0]) + 200)
     damage_header(tar, 4)
     out, error = verify(packed.root, capsys, repair=True)
-    assert "2 faults" in error and "pack those shards again" in error and "1 samples added" in out
+    assert "2 faults" in error and "delete the tars of those shards" in error and "1 samples added" in out
     assert "2 faults" in verify(packed.root, capsys)[1]
 
 
