@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from engine.errors import InputError
+from engine.errors import Fault, InputError
 from engine.faults import SampleNote
 from engine.forking import end_opencv_threads
 from engine.pulse import PULSE
@@ -157,7 +157,7 @@ def _name_samples(positions: list[Any], key_of: Callable[[Any], str] | None) -> 
 def _key(key_of: Callable[[Any], str], position: Any) -> str | None:
     try:
         return key_of(position)
-    except (ValueError, OSError):
+    except (ValueError, OSError, Fault):
         return None
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from engine.array_task import array_task
-from engine.errors import InputError
+from engine.errors import Fault, InputError
 from engine.progress import report
 from engine.ranks import Ranks
 from engine.runs import RunFolder
@@ -122,7 +122,9 @@ class SharedRun:
         released = piece.evaluator == "imagenet_c" and self.probe.corruptions.folder is not None
         if released and not self._conditions(piece):
             return "absent"
-        if not self._is_in_summary(piece.evaluator):
+        with locked(self.folder):  # while another task writes, the numbers have no mark
+            measured = self._is_in_summary(piece.evaluator)
+        if not measured:
             return "to be done"
         if not piece.corruption:
             return "finished"
@@ -188,8 +190,9 @@ def run_share(config: ProbeArrayConfig) -> None:
 
     Raises:
         InputError: options that an array cannot have; at the end, runs that could not be evaluated.
+        Fault: at the end, where a server kept one from being evaluated: the same command may do it later.
     """
-    errors = []
+    errors = list[InputError | Fault]()
     for path, pieces in _share(config).items():
         try:
             shared = SharedRun(config, path)
@@ -200,11 +203,12 @@ def run_share(config: ProbeArrayConfig) -> None:
             there = [piece for piece, state in states.items() if piece.corruption and state != "absent"]
             for evaluator in dict.fromkeys(piece.evaluator for piece in there):
                 shared.merge(evaluator)
-        except InputError as error:
+        except (InputError, Fault) as error:
             report(f"{path} is left out: {error}")
-            errors.append(str(error))
+            errors.append(error)
     if errors:
-        raise InputError("; ".join(errors))
+        kind = Fault if any(isinstance(error, Fault) for error in errors) else InputError
+        raise kind("; ".join(map(str, errors)))
 
 
 def describe_share(config: ProbeArrayConfig) -> list[str]:
