@@ -25,6 +25,7 @@ from shards.manifest import Manifest, holds_objects, read_manifest
 from shards.map_png import decode_map_png
 from shards.objects import OBJECTS
 from shards.order import stable_permutation
+from shards.quarantine import read_quarantine
 from shards.reader import BadSample, ShardSet
 
 CONTROLS = ("shuffled", "centre_bias")
@@ -40,7 +41,8 @@ def write_control(
     Args:
         kind: `shuffled`: every image gets another image's map (one random cycle over all maps, so none keeps its own);
             `centre_bias`: every image gets the mean of all maps. Of objects there is `shuffled` alone. Maps of
-            quarantined samples are left out, and their rows keep none.
+            quarantined samples are left out, and their rows keep none; the control gets the labels' quarantine, so
+            that both are read in the same order.
         labels: folder of the sealed label set.
         root: folder for label sets; the control gets its own folder in it, named for teacher, kind and seed.
 
@@ -53,7 +55,8 @@ def write_control(
     """
     if kind not in CONTROLS:
         raise InputError(f"control {kind!r}: give one of {', '.join(CONTROLS)}")
-    manifest = read_manifest(open_folder(labels, remote=images.remote), kind="labels")
+    folder = open_folder(labels, remote=images.remote)
+    manifest = read_manifest(folder, kind="labels")
     teacher, settings = _described(manifest, labels)
     objects = holds_objects(manifest)
     if objects and kind != "shuffled":
@@ -73,7 +76,8 @@ def write_control(
     except BadSample as error:
         raise InputError(f"{labels}: {error}: run python shards/verify.py {labels}") from error
     control = {"control": kind} | ({"seed": seed} if kind == "shuffled" else {})
-    return directory, seal_labels(directory, images, teacher=teacher | control, settings=settings)
+    left_out = read_quarantine(folder, manifest)
+    return directory, seal_labels(directory, images, teacher=teacher | control, settings=settings, left_out=left_out)
 
 
 def _described(manifest: Manifest, labels: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,7 +7,7 @@ and whoever comes second keeps the first one's bytes. When every shard is there,
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from shards.index import IndexFault
 from shards.location import local_folder
 from shards.manifest import Manifest, ShardRecord, make_manifest, write_manifest
 from shards.map_png import encode_map_png
+from shards.quarantine import FILE_NAME as QUARANTINE
+from shards.quarantine import BadEntry, write_quarantine
 from shards.reader import ShardSet
 from shards.tar import TarError
 from shards.writer import ShardWriter, is_complete, record_of
@@ -133,7 +135,12 @@ def write_label_shard(
 
 
 def seal_labels(
-    directory: Path | str, images: ShardSet, *, teacher: dict[str, Any], settings: dict[str, Any]
+    directory: Path | str,
+    images: ShardSet,
+    *,
+    teacher: dict[str, Any],
+    settings: dict[str, Any],
+    left_out: Sequence[BadEntry] = (),
 ) -> Manifest:
     """Write the manifest of a label set whose shards are all complete. Sealing again gives the same bytes.
 
@@ -143,6 +150,7 @@ def seal_labels(
         teacher: at least `hash`; kept as it is.
         settings: for maps at least `size` [height, width], for objects their `encoding`; kept as it is, with the
             encoding of maps where none is named.
+        left_out: samples that readers are to leave out; a list that the folder has already is kept.
 
     Raises:
         InputError: shards are missing or damaged, or hold other keys than the images; or teacher or settings are not
@@ -171,6 +179,8 @@ def seal_labels(
     for shard, record in enumerate(records):
         if record.keys_digest != images.manifest.hash_of(shard, "keys_digest"):
             raise InputError(f"{directory}/{record.file}: holds other keys than the image shard: label it again")
+    if left_out and not (directory / QUARANTINE).exists():
+        write_quarantine(directory, manifest, left_out)  # before the manifest: a sealed set has it
     try:
         write_manifest(directory, manifest)
     except (ValueError, RecursionError) as error:
