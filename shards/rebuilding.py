@@ -64,7 +64,7 @@ def _index_of(tar: Path, manifest: Manifest, shard: int, keys: Sequence[str] | N
         if sha256_of(tar) != manifest.hash_of(shard, "sha256"):
             raise CannotRebuild(
                 f"its tar is not the manifest's either, so nothing tells which of its samples are sound: {again}; or "
-                f"delete the tar, and --repair leaves its {count} samples out"
+                f"move the tar out of the folder, and --repair leaves its {count} samples out"
             )
         keys = _keys_of(tar) if keys is None else keys
         if manifest.kind == "labels" and len(keys) < count:

@@ -37,6 +37,13 @@ from shards.verifying import ShardReport, check_shard
 
 MAX_LINES = 20
 
+# Not "delete": what a shard still holds is lost with it where it cannot be made again.
+ANEW = {
+    "images": "or move the tars of those shards out of the folder and pack again, which writes them anew",
+    "labels": "or move tars and indices of those label shards out of the folder and give the command that wrote them "
+    "(teacher/label.py, teacher/detect.py) again",
+}
+
 Images = dict[str, tuple[Path | str, Manifest]]
 """Digest of an image set -> where it lies, and its manifest."""
 
@@ -117,12 +124,9 @@ def main(config: VerifyConfig) -> None:
             sys.stdout.write(f"{report.root}: {again} samples left out are sound again: --repair lets them back in\n")
     left = sum(report.num_faults for report in reports)
     if left:
-        hint = (
-            "do what is said there, or delete the tars of those shards and pack again, which writes them anew"
-            if config.repair
-            else "--repair leaves unusable samples out; or delete the tars of those shards and pack again"
-        )
-        raise InputError(f"{config.path}: {left} faults, listed above: {hint}")
+        first = "do what is said there" if config.repair else "--repair leaves unusable samples out"
+        anew = "; ".join(ANEW[kind] for kind in sorted({r.manifest.kind for r in reports if r.num_faults}))
+        raise InputError(f"{config.path}: {left} faults, listed above: {first}; {anew}")
 
 
 def check(config: VerifyConfig) -> list[str]:

@@ -1,8 +1,8 @@
 """Writing one shard: a tar that stock webdataset reads, then its index.
 
-A shard is complete exactly when its index exists. The tar is flushed and put in place under its name first, the
-index last, so that a writer killed at any moment leaves either nothing, or a tar without index that the next writer
-of the same shard takes over.
+A shard is complete exactly when both its tar and its index exist. The tar is flushed and put in place under its name
+first, the index last, so that a writer killed at any moment leaves either nothing, or a tar without index that the next
+writer of the same shard takes over. An index whose tar is gone is removed before a new tar takes that place.
 """
 
 import errno
@@ -39,7 +39,7 @@ def index_path(tar: Path) -> Path:
 
 def is_complete(tar: Path) -> bool:
     """Whether this shard was written to its end."""
-    return index_path(tar).exists()
+    return index_path(tar).exists() and tar.exists()
 
 
 def temporary_name(path: Path) -> Path:
@@ -105,6 +105,8 @@ class ShardWriter:
             num_bytes=self._position,
             skipped=self.skipped,
         )
+        if not self.path.exists():
+            index_path(self.path).unlink(missing_ok=True)  # of a tar that is gone: it must not pass for this one's
         won = _link_or_keep(self._temporary, self.path)
         if not won:
             index = index_of_tar(self.path, keys=index.keys(), kind=self.kind, skipped=self.skipped)

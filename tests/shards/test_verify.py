@@ -12,8 +12,9 @@ import pytest
 import webdataset
 
 from engine.errors import InputError
+from engine.files import sha256_of
 from shards.index import read_index
-from shards.labels import encode_label, label_directory, seal_labels, write_label_shard
+from shards.labels import encode_label, label_directory, labels_complete, seal_labels, write_label_shard
 from shards.quarantine import BadEntry, write_quarantine
 from shards.reader import ShardSet
 from shards.verify import VerifyConfig, command_line, main
@@ -172,6 +173,42 @@ def test_labels_are_checked_against_their_images(
     assert joined.num_samples == 22 and joined.shard_sizes[0] == 6
 
 
+def test_damaged_labels_are_moved_away_and_written_anew(
+    packed: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even where only the tar is moved, and the index of the old one lies there still."""
+    directory = label(packed, tmp_path / "labels")
+    tar = directory / packed.manifest.files[1]
+    whole = tar.read_bytes()
+    flip(tar, 512 + 20)
+    error = verify(directory, capsys, images=str(packed.root))[1]
+    assert "2 faults" in error and "pack again" not in error and "move tars and indices of those label shards" in error
+    tar.rename(tmp_path / "away.tar")
+    with pytest.raises(InputError, match=r"1 of 4 label shards are missing.*shard-000001"):
+        seal_labels(directory, packed, teacher={"hash": TEACHER}, settings={"size": [4, 4]})
+    label(packed, tmp_path / "labels")
+    assert tar.read_bytes() == whole and verify(directory, capsys, images=str(packed.root))[1] == ""
+
+
+def test_the_index_of_a_tar_that_is_gone_never_passes_for_a_new_ones(
+    packed: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer killed between the two leaves a tar that the next one completes."""
+    directory = label(packed, tmp_path / "labels")
+    tar = directory / packed.manifest.files[1]
+    tar.unlink()
+    maps = [(key, encode_label(np.eye(4))) for key in packed.keys(1)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shards.writer.write_index", raise_interrupt)
+        write_label_shard(directory, packed, 1, maps)
+    assert tar.exists() and not labels_complete(directory, packed, 1)
+    assert write_label_shard(directory, packed, 1, maps).sha256 == sha256_of(tar)
+
+
+def raise_interrupt(*_: object) -> str:
+    raise KeyboardInterrupt
+
+
 def test_images_without_a_label_map_are_unusable_and_quarantined(
     packed: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,7 +258,11 @@ def test_repair_does_not_pass_over_a_header_when_it_finds_bad_samples(
     flip(tar, int(read_index(index_path(tar)).offset[0]) + 200)
     damage_header(tar, 4)
     out, error = verify(packed.root, capsys, repair=True)
-    assert "2 faults" in error and "delete the tars of those shards" in error and "1 samples added" in out
+    assert (
+        "2 faults" in error
+        and "move the tars of those shards out of the folder and pack again" in error
+        and "1 samples added" in out
+    )
     assert "2 faults" in verify(packed.root, capsys)[1]
 
 
