@@ -131,32 +131,41 @@ def lost_shards(output: Path, manifest: Manifest) -> list[int]:
     return [number for number in range(manifest.num_shards) if not is_there(number)]
 
 
-def _matches(manifest: Manifest, number: int, *, sha256: str, index_sha256: str) -> bool:
-    return (sha256, index_sha256) == (manifest.hash_of(number, "sha256"), manifest.hash_of(number, "index_sha256"))
-
-
 def rewrite_shards(job: Job, manifest: Manifest, lost: Sequence[int], *, workers: int) -> None:
     """Write shards of a finished set again. Each takes its place only if it is, to the byte, the manifest's.
+
+    What is finished when an error or Ctrl-C ends the work takes its place too.
 
     Raises:
         InputError: some are not, as the images or what encodes them have changed.
     """
     apart = replace(job, output=job.output / WORK_FOLDER)
-    records, _ = write_shards(apart, lost, workers=workers, max_bad=job.plan.num_items)
-    other = []
-    for number, record in zip(lost, records, strict=True):
-        if not _matches(manifest, number, sha256=record.sha256, index_sha256=record.index_sha256):
-            other.append(record.file)
-            continue
-        for path in (apart.output / record.file, index_path(apart.output / record.file)):
-            os.replace(path, job.output / path.name)
-    fsync_directory(job.output)
+    other: list[str] = []
+    try:
+        write_shards(apart, lost, workers=workers, max_bad=job.plan.num_items)
+    finally:
+        for number in lost:
+            if (written := _complete(apart, number)) is not None and not _place(
+                written[0], apart, job, manifest, number
+            ):
+                other.append(written[0].file)
+        fsync_directory(job.output)
     if other:
         raise InputError(
             f"{job.output}: {len(other)} of {manifest.num_shards} shards come out otherwise than {FILE_NAME} says, the "
             f"first is {other[0]}: the images or the programs that encode them have changed since: bring those back, "
             "or delete that folder and pack again"
         )
+
+
+def _place(record: ShardRecord, apart: Job, job: Job, manifest: Manifest, number: int) -> bool:
+    """Move a shard that was written apart into the set, if it is the manifest's."""
+    for name in ("sha256", "index_sha256"):
+        if getattr(record, name) != manifest.hash_of(number, name):
+            return False
+    for path in (apart.output / record.file, index_path(apart.output / record.file)):
+        os.replace(path, job.output / path.name)
+    return True
 
 
 def write_shards(job: Job, numbers: Sequence[int], *, workers: int, max_bad: int) -> tuple[list[ShardRecord], Skipped]:

@@ -146,6 +146,27 @@ def test_errors_that_pass_end_the_pack_which_goes_on_after_them(image_folder: Pa
     assert files(output) == files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_keeps_the_shards_that_were_written_again_before_it(
+    image_folder: Path, tmp_path: Path, workers: int
+) -> None:
+    source, output = Share(image_folder), tmp_path / "out"
+    options = {"shard_samples": 5, "shuffle": False, "name": "set"}
+    pack(source, output, workers=workers, **options)  # the image lies in the third of 5 shards
+    whole = files(output)
+    for path in output.glob("*.tar"):
+        path.unlink()
+    (tmp_path / "down").write_text(str(errno.EIO))
+    with pytest.raises(Fault, match=r"the same command goes on"):
+        pack(source, output, workers=workers, **options)
+    kept = {path.name for path in output.glob("*.tar")}
+    assert kept >= {"shard-000000.tar", "shard-000001.tar"} and "shard-000002.tar" not in kept
+    assert files(output).items() <= whole.items()
+    (tmp_path / "down").unlink()
+    pack(source, output, workers=workers, **options)
+    assert files(output) == whole
+
+
 @pytest.mark.parametrize("name", ["ENOENT", "EACCES"])
 def test_a_file_that_is_gone_or_forbidden_is_left_out(image_folder: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "down").write_text(str(getattr(errno, name)))
