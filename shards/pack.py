@@ -149,13 +149,14 @@ def _pack(config: PackConfig, source: Source, plan: Plan) -> tuple[Manifest, str
     output, workers = Path(config.output), config.workers or available_cores()
     job = Job(source, plan, output, {"max_side": config.max_side, "quality": config.quality, "decode": config.decode})
     manifest = _finished(config, plan)
-    lost = lost_shards(output, manifest) if manifest else []
-    if manifest and not lost and not (output / WORK_FOLDER).exists():
+    if manifest and not (output / WORK_FOLDER).exists() and not lost_shards(output, manifest):
         return manifest, DONE
     try:
         with exclusive(output, plan.digest):
+            manifest = _finished(config, plan)  # by now: another pack may have ended meanwhile
             if manifest is None:
                 return _write(config, job, workers=workers)
+            lost = lost_shards(output, manifest)
             if lost:
                 rewrite_shards(job, manifest, lost, workers=workers)
     except OSError as error:

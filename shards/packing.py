@@ -4,15 +4,14 @@ import fcntl
 import json
 import multiprocessing
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from engine.errors import InputError
 from engine.files import fsync_directory, sha256_of, write_json
@@ -75,28 +74,39 @@ def exclusive(output: Path, plan_digest: str) -> Iterator[None]:
             )
         if any(output.iterdir()):
             raise InputError(f"{output}: is not empty and holds no unfinished pack: choose another --output")
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
-        _take(lock.fileno(), output)
+    with _lock(work):
         _claim(work / "plan.json", plan_digest, output)
         remove_temporaries(output)
         try:
             yield
         finally:
             if (output / FILE_NAME).exists():
-                shutil.rmtree(work)
+                _tidy(work)
 
 
-def _take(descriptor: int, output: Path) -> None:
+def _lock(work: Path) -> TextIO:
+    """The lock file, locked. A pack that ended meanwhile may have deleted the one that was waited for: then anew."""
     deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise InputError(f"{output}: another process is packing into it: wait for it to end") from error
-            time.sleep(POLL_S)
+    while time.monotonic() < deadline:
+        work.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError, BlockingIOError), ExitStack() as stack:
+            lock = stack.enter_context(open(work / "lock", "w"))
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(work / "lock")):
+                stack.pop_all()
+                return lock
+        time.sleep(POLL_S)
+    raise InputError(f"{work.parent}: another process is packing into it: wait for it to end")
+
+
+def _tidy(work: Path) -> None:
+    """Delete the work folder; the lock last, as the next pack may take another one from then on."""
+    for path in work.iterdir():
+        if path.name != "lock":
+            path.unlink()
+    (work / "lock").unlink()
+    with suppress(OSError):  # the next pack is in it already
+        work.rmdir()
 
 
 def _claim(path: Path, plan_digest: str, output: Path) -> None:

@@ -1,8 +1,10 @@
 """A pack that is given again: lost shards of a finished set, stops in the middle, and errors that pass."""
 
 import errno
+import multiprocessing
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,6 +123,43 @@ def test_too_many_unusable_images_keep_what_is_written(image_folder: Path, tmp_p
     assert {path: path.stat().st_ino for path in kept} == kept
     pack(source, tmp_path / "whole", shard_samples=5, workers=1, name="set", max_bad_fraction=0.5)
     assert files(output) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("begun", ["nothing", "lost"])
+def test_packs_that_wait_for_another_find_what_it_left(image_folder: Path, tmp_path: Path, begun: str) -> None:
+    """Three at once, for a new set and for one of which tars are lost: one works, and none writes over the others'."""
+    output, source = tmp_path / "out", Slow(image_folder)
+    options = {"shard_samples": 5, "workers": 1, "name": "set"}
+    pack(source, tmp_path / "whole", **options)
+    if begun == "lost":
+        shutil.copytree(tmp_path / "whole", output)
+        for path in output.glob("*.tar"):
+            path.unlink()
+    else:
+        output.mkdir()
+
+    def one(number: int) -> None:
+        time.sleep(number * 0.2)
+        pack(source, output, **options)
+        (tmp_path / f"done {number}").write_text(str((output / "shard-000000.tar").stat().st_ino))
+
+    context = multiprocessing.get_context("fork")
+    packs = [context.Process(target=one, args=(number,)) for number in range(3)]
+    for process in packs:
+        process.start()
+    for process in packs:
+        process.join(60)
+    assert [process.exitcode for process in packs] == [0, 0, 0]
+    assert len({(tmp_path / f"done {number}").read_text() for number in range(3)}) == 1
+    assert files(output) == files(tmp_path / "whole")
+
+
+class Slow(ImageFolder):
+    """Half a second in all, so that others come in the meantime."""
+
+    def read(self, item: Item) -> bytes:
+        time.sleep(0.04)
+        return super().read(item)
 
 
 class Share(ImageFolder):
