@@ -60,25 +60,39 @@ def claim_directory(directory: Path, settings: dict[str, Any]) -> None:
         settings: what its labels depend on beside the teacher, such as `images` (digest); JSON.
 
     Raises:
-        InputError: it holds this teacher's labels of other images or with other settings, or cannot be written.
+        InputError: it holds this teacher's labels of other images or with other settings, or shards without a note of
+            theirs, or cannot be written.
     """
     path = local_folder(directory, what="a label set") / SETTINGS
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        # looked for in this order: every writer leaves the note before its first shard
+        orphaned = any(directory.glob("shard-*")) and not path.exists()
+        if not orphaned and not path.exists():
             # two tasks may both come here; with the same settings they write the same bytes
             atomic_write(path, (json.dumps(settings) + "\n").encode())
-        found = dict(json.loads(path.read_bytes()))
+        found = {} if orphaned else _settings_in(path.read_bytes())
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"{directory}: cannot be written ({error.strerror}): choose another --output") from error
-    except (ValueError, TypeError, RecursionError):
-        found = {}  # damaged: nobody knows what the labels were made of
+    if orphaned:
+        raise InputError(
+            f"{directory} holds label shards, but no {SETTINGS} that says what they were made of, so nothing is added to "
+            "them: give another --output, put that file back, or delete that folder if no run needs it"
+        )
     if found != settings:
         what = next((key for key in settings if found.get(key) != settings[key]), "settings")
         raise InputError(
             f"{directory} holds labels of other {what} ({str(found.get(what, 'unknown'))[:12]}, now "
             f"{str(settings.get(what))[:12]}): give another --output, or delete that folder"
         )
+
+
+def _settings_in(data: bytes) -> dict[str, Any]:
+    """What a note says; nothing where it is damaged, as nobody knows then what the labels were made of."""
+    try:
+        return dict(json.loads(data))
+    except (ValueError, TypeError, RecursionError):
+        return {}
 
 
 def encode_label(density: np.ndarray) -> bytes:

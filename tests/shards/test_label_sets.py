@@ -352,6 +352,24 @@ def test_a_control_of_other_labels_is_refused_and_kept(packed: ShardSet, tmp_pat
         write_control(kind, packed, labels, tmp_path)
 
 
+@pytest.mark.parametrize("kind", CONTROLS)
+def test_a_control_that_does_not_say_what_it_was_made_of_is_read_but_not_written(
+    packed: ShardSet, tmp_path: Path, kind: str
+) -> None:
+    labels = write_labels(packed, tmp_path)
+    directory, _ = write_control(kind, packed, labels, tmp_path)
+    (directory / ".settings.json").unlink()
+    before = contents(directory)
+    samples = ShardSet(packed.root, labels=directory)
+    for _ in range(2):  # of the same labels, and of others
+        with pytest.raises(InputError, match=r"no \.settings\.json that says .* give another --output"):
+            write_control(kind, packed, labels, tmp_path)
+        assert contents(directory) == before
+        shutil.rmtree(labels)
+        write_labels(packed, tmp_path, encode=lambda key: encode_label(density_of(key, salt=1)))
+    assert all(samples.read(*place).map is not None for place in rows(samples))
+
+
 def test_maps_that_have_no_mean_are_named(packed: ShardSet, tmp_path: Path) -> None:
     key = packed.keys(1)[3]
     sizes = write_labels(
