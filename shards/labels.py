@@ -4,7 +4,9 @@ Any number of processes may write any shards of one set at the same time: a shar
 and whoever comes second keeps the first one's bytes. When every shard is there, `seal_labels` writes the manifest.
 """
 
+import errno
 import json
+import os
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -25,7 +27,7 @@ from shards.quarantine import FILE_NAME as QUARANTINE
 from shards.quarantine import BadEntry, write_quarantine
 from shards.reader import ShardSet
 from shards.tar import TarError
-from shards.writer import ShardWriter, is_complete, record_of
+from shards.writer import ShardWriter, is_complete, record_of, temporary_name
 
 MAP = "map.png"
 # Codes are multiples of it: KLD 2e-4 from the floats instead of 5e-5, for a fifth fewer bytes and a plainer PNG.
@@ -34,6 +36,8 @@ ENCODING = "sqrt8"
 SETTINGS = ".settings.json"
 # A shard's temporary file is written in seconds: one that has not changed for so long has lost its writer.
 DEAD_AFTER_S = 86_400.0
+# What file systems without hard links say to one.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
@@ -69,15 +73,14 @@ def claim_directory(directory: Path, settings: dict[str, Any]) -> None:
         # looked for in this order: every writer leaves the note before its first shard
         orphaned = any(directory.glob("shard-*")) and not path.exists()
         if not orphaned and not path.exists():
-            # two tasks may both come here; with the same settings they write the same bytes
-            atomic_write(path, (json.dumps(settings) + "\n").encode())
+            _write_once(path, (json.dumps(settings) + "\n").encode())
         found = {} if orphaned else _settings_in(path.read_bytes())
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"{directory}: cannot be written ({error.strerror}): choose another --output") from error
     if orphaned:
         raise InputError(
-            f"{directory} holds label shards, but no {SETTINGS} that says what they were made of, so nothing is added to "
-            "them: give another --output, put that file back, or delete that folder if no run needs it"
+            f"{directory} holds label shards, but no {SETTINGS} that says what they were made of, so nothing is added: "
+            "give another --output, put that file back, or delete that folder if no run needs it"
         )
     if found != settings:
         what = next((key for key in settings if found.get(key) != settings[key]), "settings")
@@ -85,6 +88,22 @@ def claim_directory(directory: Path, settings: dict[str, Any]) -> None:
             f"{directory} holds labels of other {what} ({str(found.get(what, 'unknown'))[:12]}, now "
             f"{str(settings.get(what))[:12]}): give another --output, or delete that folder"
         )
+
+
+def _write_once(path: Path, data: bytes) -> None:
+    """Write a whole file, unless another process is faster: two with other settings must not both take a folder."""
+    temporary = temporary_name(path)
+    atomic_write(temporary, data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        os.replace(temporary, path)  # this file system knows nothing better
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _settings_in(data: bytes) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from attention.maps import decode_map_np, encode_map_np, fixation_density
 from engine.errors import InputError
 from shards.controls import CONTROLS, write_control
 from shards.labels import (
+    claim_directory,
     encode_label,
     label_directory,
     label_shard_path,
@@ -235,6 +236,34 @@ def test_processes_that_write_the_same_shards_at_once_leave_one_sound_set(packed
             choices = [stored_of(density_of(sample.key, salt=salt)) for salt in range(4)]
             assert any(np.array_equal(sample.map, choice) for choice in choices)
         assert not [path for path in directory.iterdir() if path.name.endswith(".tmp")]
+
+
+def claim(directory: Path, salt: int, barrier: object, answers: object) -> None:
+    """One of several processes that want the same folder for other settings."""
+    barrier.wait()  # type: ignore[attr-defined]
+    try:
+        claim_directory(directory, {"size": [salt, salt]})
+        answers.put(salt)  # type: ignore[attr-defined]
+    except InputError as error:
+        answers.put(str(error))  # type: ignore[attr-defined]
+
+
+def test_a_folder_goes_to_one_of_several_settings_that_want_it_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for attempt in range(40):
+        directory = tmp_path / str(attempt)
+        barrier, answers = context.Barrier(4), context.Queue()
+        processes = [context.Process(target=claim, args=(directory, salt, barrier, answers)) for salt in range(4)]
+        for process in processes:
+            process.start()
+        found = [answers.get(timeout=60) for _ in processes]
+        for process in processes:
+            process.join(60)
+        winners = [answer for answer in found if isinstance(answer, int)]
+        assert len(winners) == 1, f"attempt {attempt}: {found}"
+        assert all("labels of other size" in answer for answer in found if isinstance(answer, str))
+        assert [path.name for path in directory.iterdir()] == [".settings.json"]
+        claim_directory(directory, {"size": winners * 2})
 
 
 def test_a_writer_killed_between_tar_and_index_is_completed(packed: ShardSet, tmp_path: Path) -> None:
