@@ -158,7 +158,7 @@ def _pack(config: PackConfig, source: Source, plan: Plan) -> tuple[Manifest, str
                 return _write(config, job, workers=workers)
             lost = lost_shards(output, manifest)
             if lost:
-                rewrite_shards(job, manifest, lost, workers=workers)
+                manifest = rewrite_shards(job, manifest, lost, workers=workers)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise

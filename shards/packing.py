@@ -21,6 +21,7 @@ from shards.index import IndexFault, read_index
 from shards.manifest import FILE_NAME, Manifest, ShardRecord
 from shards.payload import make_members
 from shards.plan import Plan
+from shards.rebuilding import renew_index_hashes
 from shards.sources.base import Source, refuse_passing
 from shards.writer import ShardWriter, index_path, record_of, remove_temporaries, shard_name
 
@@ -141,41 +142,47 @@ def lost_shards(output: Path, manifest: Manifest) -> list[int]:
     return [number for number in range(manifest.num_shards) if not is_there(number)]
 
 
-def rewrite_shards(job: Job, manifest: Manifest, lost: Sequence[int], *, workers: int) -> None:
-    """Write shards of a finished set again. Each takes its place only if it is, to the byte, the manifest's.
+def rewrite_shards(job: Job, manifest: Manifest, lost: Sequence[int], *, workers: int) -> Manifest:
+    """Write shards of a finished set again. Each takes its place only if its tar is, to the byte, the manifest's.
 
     What is finished when an error or Ctrl-C ends the work takes its place too.
 
+    Returns:
+        The manifest that holds from now on: it takes the hash of an index over that names other images left out.
+
     Raises:
-        InputError: some are not, as the images or what encodes them have changed.
+        InputError: some tars are others, as the images or what encodes them have changed.
     """
     apart = replace(job, output=job.output / WORK_FOLDER)
-    other: list[str] = []
     try:
         write_shards(apart, lost, workers=workers, max_bad=job.plan.num_items)
     finally:
-        for number in lost:
-            if (written := _complete(apart, number)) is not None and not _place(
-                written[0], apart, job, manifest, number
-            ):
-                other.append(written[0].file)
-        fsync_directory(job.output)
+        manifest, other = _place(apart, lost, output=job.output, manifest=manifest)
     if other:
         raise InputError(
             f"{job.output}: {len(other)} of {manifest.num_shards} shards come out otherwise than {FILE_NAME} says, the "
             f"first is {other[0]}: the images or the programs that encode them have changed since: bring those back, "
             "or delete that folder and pack again"
         )
+    return manifest
 
 
-def _place(record: ShardRecord, apart: Job, job: Job, manifest: Manifest, number: int) -> bool:
-    """Move a shard that was written apart into the set, if it is the manifest's."""
-    for name in ("sha256", "index_sha256"):
-        if getattr(record, name) != manifest.hash_of(number, name):
-            return False
-    for path in (apart.output / record.file, index_path(apart.output / record.file)):
-        os.replace(path, job.output / path.name)
-    return True
+def _place(apart: Job, lost: Sequence[int], *, output: Path, manifest: Manifest) -> tuple[Manifest, list[str]]:
+    """Move the manifest's shards from the folder they were written in; also returns the names of the others there."""
+    other: list[str] = []
+    hashes: dict[int, str] = {}
+    for number in lost:
+        if (written := _complete(apart, number)) is None:
+            continue
+        record = written[0]
+        if record.sha256 != manifest.hash_of(number, "sha256"):
+            other.append(record.file)
+            continue
+        for path in (apart.output / record.file, index_path(apart.output / record.file)):
+            os.replace(path, output / path.name)
+        hashes[number] = record.index_sha256
+    fsync_directory(output)
+    return renew_index_hashes(output, manifest, hashes), other
 
 
 def write_shards(job: Job, numbers: Sequence[int], *, workers: int, max_bad: int) -> tuple[list[ShardRecord], Skipped]:

@@ -1,6 +1,6 @@
 """Indices made anew from their tars, for `shards/verify.py --repair`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -49,11 +49,20 @@ def rebuild_index(root: Path, manifest: Manifest, shard: int, *, keys: Sequence[
             return manifest
     if path.exists():
         path.replace(path.with_name(f"{path.name}.damaged"))
+    return renew_index_hashes(root, manifest, {shard: write_index(path, replace(index, skipped=lists[0]))})
+
+
+def renew_index_hashes(root: Path, manifest: Manifest, found: Mapping[int, str]) -> Manifest:
+    """Take SHA-256s of indices over into the manifest of `root`: shard -> hexadecimal. Written only if one is new."""
+    found = {shard: new for shard, new in found.items() if new != manifest.hash_of(shard, "index_sha256")}
+    if not found:
+        return manifest
     hashes = manifest.hashes["index_sha256"].copy()
-    hashes[shard] = list(bytes.fromhex(write_index(path, replace(index, skipped=lists[0]))))
-    changed = replace(manifest, hashes=manifest.hashes | {"index_sha256": hashes})
-    write_manifest(root, changed)
-    return changed
+    for shard, new in found.items():
+        hashes[shard] = list(bytes.fromhex(new))
+    manifest = replace(manifest, hashes=manifest.hashes | {"index_sha256": hashes})
+    write_manifest(root, manifest)
+    return manifest
 
 
 def _index_of(tar: Path, manifest: Manifest, shard: int, keys: Sequence[str] | None) -> ShardIndex:

@@ -76,6 +76,19 @@ def test_an_index_of_names_that_nothing_else_holds_is_made_without_them(
     assert verify(root, capsys)[1] == "" and read_all(root) == 17 == packed.num_samples
 
 
+def test_pack_restores_a_shard_whose_index_was_made_without_names(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = packed_without(image_folder, tmp_path / "set", more=25)
+    root, tar = Path(packed.root), packed.manifest.files[-1]
+    whole = files_of(root)
+    index_path(root / tar).unlink()
+    assert verify(root, capsys, repair=True)[1] == "" and files_of(root) != whole
+    (root / tar).unlink()
+    manifest = pack(ImageFolder(image_folder), root, shard_samples=7, max_bad_fraction=1.0, workers=1)
+    assert files_of(root) == whole and manifest.hash_of(-1, "index_sha256") == sha256_of(index_path(root / tar))
+
+
 def test_a_damaged_index_still_tells_what_packing_left_out(
     image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
