@@ -36,6 +36,11 @@ ENCODING = "sqrt8"
 SETTINGS = ".settings.json"
 # A shard's temporary file is written in seconds: one that has not changed for so long has lost its writer.
 DEAD_AFTER_S = 86_400.0
+# What is wrong with a place itself (None: its name); anything else, such as a full disk, may pass.
+UNUSABLE = (
+    None, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 # What file systems without hard links say to one.
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
@@ -75,8 +80,11 @@ def claim_directory(directory: Path, settings: dict[str, Any]) -> None:
         if not orphaned and not path.exists():
             _write_once(path, (json.dumps(settings) + "\n").encode())
         found = {} if orphaned else _settings_in(path.read_bytes())
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise InputError(f"{directory}: cannot be written ({error.strerror}): choose another --output") from error
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) not in UNUSABLE:
+            raise
+        reason = getattr(error, "strerror", error)
+        raise InputError(f"{str(directory)[:200]!r}: cannot be written ({reason}): choose another --output") from error
     if orphaned:
         raise InputError(
             f"{directory} holds label shards, but no {SETTINGS} that says what they were made of, so nothing is added: "

@@ -272,10 +272,16 @@ def test_an_output_that_no_folder_can_be_made_in_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    for output, message in (("file", "cannot be written"), ("s3://bucket/labels", "only be written to a local")):
-        with pytest.raises(InputError, match=message):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / load_teacher(trained).hash[:16] / ".settings.json").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    unusable = ("file", "loop/labels", "n" * 300, "zero\0", "/proc/labels", "/dev/null/labels", ".")
+    for output in unusable:
+        with pytest.raises(InputError, match=r"cannot be written .* choose another --output"):
             label(config_of(trained, data, Path(output)))
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(InputError, match="only be written to a local"):
+        label(config_of(trained, data, Path("s3://bucket/labels")))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_bad_input_ends_the_program_with_one_line_and_code_2(
