@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
 
 from engine.errors import InputError
-from engine.files import fsync_directory, sha256_of, write_json
+from engine.files import fsync_directory, write_json
 from engine.forking import end_opencv_threads
 from engine.progress import ProgressBar
 from shards.index import IndexFault, read_index
 from shards.manifest import FILE_NAME, Manifest, ShardRecord
 from shards.payload import make_members
+from shards.plain import read_plain
 from shards.plan import Plan
 from shards.rebuilding import renew_index_hashes
 from shards.sources.base import Source, refuse_passing
@@ -134,7 +136,7 @@ def lost_shards(output: Path, manifest: Manifest) -> list[int]:
     def is_there(number: int) -> bool:
         tar = output / manifest.files[number]
         try:
-            size, index_sha256 = tar.stat().st_size, sha256_of(index_path(tar))
+            size, index_sha256 = tar.stat().st_size, sha256(read_plain(index_path(tar))).hexdigest()
         except OSError:
             return False
         return size == manifest.num_bytes_of[number] and index_sha256 == manifest.hash_of(number, "index_sha256")
@@ -154,6 +156,7 @@ def rewrite_shards(job: Job, manifest: Manifest, lost: Sequence[int], *, workers
         InputError: some tars are others, as the images or what encodes them have changed.
     """
     apart = replace(job, output=job.output / WORK_FOLDER)
+    _refuse_folders(job.output, lost)
     try:
         write_shards(apart, lost, workers=workers, max_bad=job.plan.num_items)
     finally:
@@ -196,6 +199,7 @@ def write_shards(job: Job, numbers: Sequence[int], *, workers: int, max_bad: int
         InputError: more unusable images than that.
         Fault: the source cannot be read for now.
     """
+    _refuse_folders(job.output, numbers)
     found = {number: shard for number in numbers if (shard := _complete(job, number)) is not None}
     missing = [number for number in numbers if number not in found]
     total, done = (sum(len(job.plan.shards[number]) for number in part) for part in (numbers, found))
@@ -205,6 +209,13 @@ def write_shards(job: Job, numbers: Sequence[int], *, workers: int, max_bad: int
     skipped = [entry for number in sorted(found) for entry in found[number][1]]
     _refuse(skipped, job, max_bad=max_bad)
     return [found[number][0] for number in sorted(found)], skipped
+
+
+def _refuse_folders(output: Path, numbers: Sequence[int]) -> None:
+    for tar in (output / shard_name(number) for number in numbers):
+        for path in (tar, index_path(tar)):
+            if path.is_dir():
+                raise InputError(f"{path}: is a folder, where a file of the set belongs: move it away and pack again")
 
 
 def _refuse(skipped: Skipped, job: Job, *, max_bad: int) -> None:

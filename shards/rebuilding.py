@@ -40,6 +40,8 @@ def rebuild_index(root: Path, manifest: Manifest, shard: int, *, keys: Sequence[
         CannotRebuild: files are as they were.
     """
     path = index_path(root / manifest.files[shard])
+    if path.is_dir():
+        raise CannotRebuild(f"{path.name} is a folder: move it away")
     index = _index_of(root / manifest.files[shard], manifest, shard, keys)
     lists = _skipped_lists(path, manifest)
     for skipped in lists:
@@ -69,6 +71,8 @@ def _index_of(tar: Path, manifest: Manifest, shard: int, keys: Sequence[str] | N
     """Index of a tar, as far as the tar tells it."""
     count = int(manifest.num_samples_of[shard])
     again = "copy tar and index from where the set came from, or make the shard again"
+    if not tar.is_file():
+        raise CannotRebuild(f"{tar.name} is no file: move away what is there, then {again}")
     try:
         if sha256_of(tar) != manifest.hash_of(shard, "sha256"):
             raise CannotRebuild(

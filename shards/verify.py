@@ -205,7 +205,7 @@ def _teacher_faults(manifest: Manifest, run: str) -> list[str]:
 def _repair(report: SetReport, images: Images, config: VerifyConfig) -> None:
     """Mend what can be mended, and say what was done."""
     root = Path(report.root)
-    here = {number for number, name in enumerate(report.manifest.files) if (root / name).is_file()}
+    here = {number for number, name in enumerate(report.manifest.files) if (root / name).exists()}
     for number in here:
         if report.shards[number].lost:
             _rebuild(report, number, images, config)

@@ -185,6 +185,31 @@ def test_errors_that_pass_end_the_pack_which_goes_on_after_them(image_folder: Pa
     assert files(output) == files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000001.index"])
+def test_a_folder_in_the_place_of_a_file_is_one_clear_line(
+    again: Callable[..., str], tmp_path: Path, name: str
+) -> None:
+    output = tmp_path / "out"
+    whole = files(output)
+    (output / name).unlink()
+    (output / name).mkdir()
+    (output / "shard-000003.tar").unlink()
+    with pytest.raises(InputError, match=rf"{name}: is a folder, where a file of the set belongs: move it away"):
+        again()
+    assert not (output / ".packing").exists()
+    (output / name).rmdir()
+    assert "2 of 5 shards" in again() and files(output) == whole
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(again: Callable[..., str], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    whole = files(output)
+    for name in ("shard-000001.tar", "shard-000002.index"):
+        (output / name).unlink()
+        os.mkfifo(output / name)
+    assert "2 of 5 shards" in again() and files(output) == whole
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_keeps_the_shards_that_were_written_again_before_it(
     image_folder: Path, tmp_path: Path, workers: int

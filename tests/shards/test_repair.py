@@ -1,7 +1,9 @@
 """What `verify.py --repair` gives back: lost indices as they were, and quarantined samples that are sound again."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,34 @@ def test_a_shard_without_index_whose_tar_has_changed_is_left_as_it_is(
     tar.unlink()
     out, error = verify(root, capsys, repair=True)
     assert error == "" and "7 samples added to quarantine.json" in out and read_all(root) == 16
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+@pytest.mark.parametrize("index", ["index there", "index lost"])
+def test_what_is_no_file_in_the_place_of_a_tar_costs_no_samples(
+    packed: ShardSet, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None], index: str
+) -> None:
+    root = Path(packed.root)
+    tar = root / packed.manifest.files[1]
+    tar.unlink()
+    make(tar)
+    if index == "index lost":
+        index_path(tar).unlink()
+    out, error = verify(root, capsys, repair=True)
+    assert f"left as it is: {tar.name} is no file: move away what is there" in out and "8 faults" in error
+    assert not (root / "quarantine.json").exists()
+
+
+def test_a_folder_in_the_place_of_an_index_is_left_alone(packed: ShardSet, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(packed.root)
+    path = index_path(root / packed.manifest.files[1])
+    before = path.read_bytes()
+    path.unlink()
+    path.mkdir()
+    out, error = verify(root, capsys, repair=True)
+    assert f"left as it is: {path.name} is a folder: move it away" in out and "8 faults" in error and path.is_dir()
+    path.rmdir()
+    assert verify(root, capsys, repair=True)[1] == "" and path.read_bytes() == before
 
 
 def test_a_tar_that_no_index_fits_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
