@@ -88,13 +88,13 @@ def claim_directory(directory: Path, settings: dict[str, Any]) -> None:
     if orphaned:
         raise InputError(
             f"{directory} holds label shards, but no {SETTINGS} that says what they were made of, so nothing is added: "
-            "give another --output, put that file back, or delete that folder if no run needs it"
+            "give another --output, put that file back, or move that folder away"
         )
     if found != settings:
         what = next((key for key in settings if found.get(key) != settings[key]), "settings")
         raise InputError(
             f"{directory} holds labels of other {what} ({str(found.get(what, 'unknown'))[:12]}, now "
-            f"{str(settings.get(what))[:12]}): give another --output, or delete that folder"
+            f"{str(settings.get(what))[:12]}): give another --output, or move that folder away"
         )
 
 

@@ -369,16 +369,23 @@ def test_a_control_of_other_labels_is_refused_and_kept(packed: ShardSet, tmp_pat
     before = contents(directory)
     shutil.rmtree(labels)
     write_labels(packed, tmp_path, encode=lambda key: encode_label(density_of(key, salt=1)))
-    with pytest.raises(InputError, match=r"holds labels of other source \(\w{12}, now \w{12}\): .*delete that folder"):
+    with pytest.raises(
+        InputError, match=r"holds labels of other source \(\w{12}, now \w{12}\): .*move that folder away"
+    ):
         write_control(kind, packed, labels, tmp_path)
     assert contents(directory) == before
     shutil.rmtree(directory)
     write_control(kind, packed, labels, tmp_path)
     # a list of bad samples changes which maps are shuffled, and the mean
-    (directory / "manifest.json").unlink()
+    sealed = contents(directory)
     write_quarantine(labels, read_manifest(labels), [BadEntry(0, 0, "", "x")])
-    with pytest.raises(InputError, match="holds labels of other samples"):
+    with pytest.raises(InputError, match=r"holds labels of other samples .*move that folder away"):
         write_control(kind, packed, labels, tmp_path)
+    directory.rename(tmp_path / "away")
+    write_control(kind, packed, labels, tmp_path)
+    assert contents(tmp_path / "away") == sealed
+    samples = [ShardSet(packed.root, labels=place).num_samples for place in (tmp_path / "away", directory)]
+    assert samples == [23, 22]
 
 
 @pytest.mark.parametrize("kind", CONTROLS)
