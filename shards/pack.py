@@ -78,12 +78,19 @@ def check(config: PackConfig) -> list[str]:
     """What `--check` prints: the source read and planned, nothing written."""
     source = make_source(config.source)
     plan = _plan(config, source)
-    done = _finished(config, plan) is not None
     gaze = "no gaze" if source.gaze is None else f"gaze {source.gaze['edition']}"
     return [
         f"source {config.source.path}: {plan.num_items} images, {len(source.classes)} classes, {gaze}",
-        f"output {config.output}: {len(plan.shards)} shards{', already packed' if done else ''}",
+        f"output {config.output}: {len(plan.shards)} shards{_state(config, plan)}",
     ]
+
+
+def _state(config: PackConfig, plan: Plan) -> str:
+    """What of this set is there, in words to append."""
+    if (manifest := _finished(config, plan)) is None:
+        return ""
+    lost = len(lost_shards(Path(config.output), manifest))
+    return f", already packed; {lost} missing or cut, to be written again" if lost else ", already packed"
 
 
 def pack(source: Source, output: Path | str, **options: Any) -> Manifest:

@@ -51,7 +51,11 @@ def rebuild_index(root: Path, manifest: Manifest, shard: int, *, keys: Sequence[
             return manifest
     if path.exists():
         path.replace(path.with_name(f"{path.name}.damaged"))
-    return renew_index_hashes(root, manifest, {shard: write_index(path, replace(index, skipped=lists[0]))})
+    # The manifest first: after a kill between the two the next repair finds no index, and no other to put aside.
+    index = replace(index, skipped=lists[0])
+    manifest = renew_index_hashes(root, manifest, {shard: sha256(index_bytes(index)).hexdigest()})
+    write_index(path, index)
+    return manifest
 
 
 def renew_index_hashes(root: Path, manifest: Manifest, found: Mapping[int, str]) -> Manifest:

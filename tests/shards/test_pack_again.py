@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import Fault, InputError
-from shards.pack import PackConfig, main, pack
+from shards.pack import PackConfig, check, main, pack
 from shards.reader import ShardSet
 from shards.sources.base import Item, SourceConfig
 from shards.sources.image_folder import ImageFolder
@@ -53,6 +53,18 @@ def test_lost_and_cut_shards_of_a_finished_set_are_written_again(again: Callable
     for path in output.glob("shard-*"):
         path.unlink()
     assert "5 of 5 shards" in again() and files(output) == whole
+
+
+def test_check_says_which_shards_would_be_written_again(
+    again: Callable[..., str], image_folder: Path, tmp_path: Path
+) -> None:
+    source, output = SourceConfig(path=str(image_folder)), tmp_path / "out"
+    config = PackConfig(source=source, output=str(output), shard_samples=5)
+    assert check(config)[1] == f"output {output}: 5 shards, already packed"
+    (output / "shard-000001.tar").unlink()
+    before = files(output)
+    assert check(config)[1] == (f"output {output}: 5 shards, already packed; 1 missing or cut, to be written again")
+    assert files(output) == before
 
 
 def test_images_that_changed_since_never_take_the_place_of_a_shard(

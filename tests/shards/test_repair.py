@@ -78,6 +78,34 @@ def test_an_index_of_names_that_nothing_else_holds_is_made_without_them(
     assert verify(root, capsys)[1] == "" and read_all(root) == 17 == packed.num_samples
 
 
+@pytest.mark.parametrize("killed_at", [1, 2, 3])
+def test_a_repair_that_is_killed_keeps_the_damaged_index(
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    killed_at: int,
+) -> None:
+    """At each of its renames: the damaged index put aside, and the new files put in place."""
+    packed = packed_without(image_folder, tmp_path / "set", more=25)
+    root = Path(packed.root)
+    path = index_path(root / packed.manifest.files[-1])
+    path.write_bytes(b"damaged")
+    rename, renames = os.rename, [0]
+
+    def killed(source: Path, target: Path) -> None:
+        renames[0] += 1
+        if renames[0] == killed_at:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        verify(root, capsys, repair=True)
+    assert verify(root, capsys, repair=True)[1] == "" and verify(root, capsys)[1] == "" and read_all(root) == 17
+    assert path.with_name(f"{path.name}.damaged").read_bytes() == b"damaged"
+
+
 def test_pack_restores_a_shard_whose_index_was_made_without_names(
     image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
