@@ -17,12 +17,11 @@ from engine.errors import InputError
 from engine.program import run_program
 from shards.location import local_folder
 from shards.manifest import FILE_NAME, Manifest, make_manifest, read_manifest, write_manifest
+from shards.owning import WORK_FOLDER, exclusive
 from shards.packing import (
-    WORK_FOLDER,
     Job,
     Skipped,
     available_cores,
-    exclusive,
     lost_shards,
     rewrite_shards,
     write_shards,

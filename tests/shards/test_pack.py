@@ -19,7 +19,7 @@ from scipy.io import savemat
 
 from engine.errors import InputError
 from engine.progress import ProgressBar
-from shards import packing
+from shards import owning, packing
 from shards.decode import decode_rgb
 from shards.pack import PackConfig, check, pack
 from shards.plan import make_plan
@@ -97,9 +97,9 @@ def test_killed_at_any_time_and_resumed_is_byte_identical(tmp_path: Path, jpeg: 
 def test_two_packs_into_one_folder_are_refused(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr(owning, "LOCK_WAIT_S", 0.2)
     source = ImageFolder(image_folder)
-    with packing.exclusive(tmp_path / "out", "digest"), pytest.raises(InputError, match="another process is packing"):
+    with owning.exclusive(tmp_path / "out", "digest"), pytest.raises(InputError, match="another process is packing"):
         pack(source, tmp_path / "out", workers=1)
 
 
