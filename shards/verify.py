@@ -262,7 +262,7 @@ def _print(reports: list[SetReport]) -> None:
             str(manifest.num_samples),
             str(len(report.bad)),
             str(sum(len(shard.left_out) for shard in report.shards)),
-            str(sum(shard.num_without for shard in report.shards)),
+            str(sum(len(shard.without) for shard in report.shards)),
             f"{manifest.num_bytes / 1e6:.1f}",
             f"{report.num_faults} faults" if report.num_faults else "good",
         )

@@ -30,7 +30,7 @@ class ShardReport:
     `bad`: stored row -> key and reason. `changed`: its bytes as a whole are not those of the manifest: unreadable
     (`lost`), of another size or SHA-256. `broken`: where the tar breaks off, with `behind`, the rows that lie there in
     whole or in part. `strays`: what the tar holds beside the index's members. `damaged`: rows whose own bytes explain
-    `changed`. `num_without`: rows without a label. `left_out`: rows that readers leave out, which are no fault.
+    `changed`. `without`: rows without a label. `left_out`: rows that readers leave out, which are no fault.
     `key_hashes`: `(samples,)` uint64.
     """
 
@@ -43,7 +43,7 @@ class ShardReport:
     damaged: set[int] = field(default_factory=set)
     behind: set[int] = field(default_factory=set)
     lost: bool = False
-    num_without: int = 0
+    without: set[int] = field(default_factory=set)
     left_out: set[int] = field(default_factory=set)
     key_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
 
@@ -63,8 +63,8 @@ class ShardReport:
         return ([] if explained else self.changed) + broken + self.strays
 
     def is_sound(self, row: int) -> bool:
-        """Whether nothing at all is wrong with a sample."""
-        return not self.lost and row not in self.bad and row not in self.behind
+        """Whether a sample is all there and nothing is wrong with it."""
+        return not self.lost and row not in self.bad and row not in self.behind and row not in self.without
 
 
 def check_shard(folder: Folder, manifest: Manifest, shard: int, *, decode: bool) -> ShardReport:
@@ -97,7 +97,7 @@ def check_shard(folder: Folder, manifest: Manifest, shard: int, *, decode: bool)
         _check_structure(file, index, report)
     # A row without payload has no bytes that could have changed.
     report.damaged = {row for row in report.bad if index.size[row] >= 0}
-    report.num_without = int((index.size < 0).sum())
+    report.without = set(np.flatnonzero(index.size < 0).tolist())
     keys = index.keys()
     report.key_hashes = np.array(
         [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") for key in keys], dtype=np.uint64

@@ -257,6 +257,17 @@ def test_the_shuffled_control_gives_every_image_anothers_objects(packed: ShardSe
         write_control("centre_bias", packed, directory, tmp_path / "labels")
 
 
+def test_repair_lets_no_sample_back_in_that_has_no_label(packed: ShardSet, tmp_path: Path) -> None:
+    """A control leaves out what its labels leave out, and has no label there: nothing tells that it would be sound."""
+    directory = write_set(packed, tmp_path / "labels")
+    write_quarantine(directory, read_manifest(directory), [BadEntry(0, 1, packed.keys(0)[1], "x")])
+    control, _ = write_control("shuffled", packed, directory, tmp_path / "labels", seed=3)
+    before = (control / "quarantine.json").read_bytes()
+    verify(VerifyConfig(path=str(control), images=str(packed.root), repair=True, workers=1))
+    assert (control / "quarantine.json").read_bytes() == before
+    assert ShardSet(packed.root, labels=control, objects=True).num_samples == 22
+
+
 # COCO's files
 
 POLYGON = [2.0, 3.0, 20.5, 3.0, 20.5, 18.0, 2.0, 18.0]
