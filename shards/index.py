@@ -178,7 +178,8 @@ def _assemble(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> ShardI
     if (np.diff(ends, prepend=0) <= 0).any() or (ends[-1] if count else 0) != len(arrays["key_data"]):
         raise ValueError("key_end")
     arrays["key_data"].tobytes().decode("utf-8")
-    if count and (arrays["key_data"][[0, *ends[:-1]]] & 0xC0 == 0x80).any():
+    # where the next key begins: the first one's beginning has been decoded with the whole
+    if (arrays["key_data"][ends[:-1]] & 0xC0 == 0x80).any():
         raise ValueError("key_end inside a character")
     skipped = tuple((str(name), str(reason)) for name, reason in metadata["skipped"])
     columns: dict[str, Any] = {name: arrays[name] for name in [*_DTYPES, "key_data"]}
